@@ -1,0 +1,1 @@
+"""Package deltaserve.v1 of the wire contract."""
