@@ -1,0 +1,46 @@
+"""Packed attention over the rows of many requests."""
+
+import torch
+
+from deltaserve_kernels.attention import paths
+from deltaserve_kernels.attention.bias import RelativeBias
+from deltaserve_kernels.attention.prefix import PrefixTable
+from deltaserve_kernels.attention.sequences import Sequences
+from deltaserve_kernels.dispatch import Implementation, choose
+
+_PATHS = {Implementation.REFERENCE: paths.reference, Implementation.CPU: paths.cpu}
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    *,
+    cache: tuple[torch.Tensor, torch.Tensor] | None,
+    prefix: PrefixTable,
+    scale: float,
+    bias: RelativeBias | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(softcap(q kᵀ · scale) + bias) v for each sequence, over its slot's prefix and then its own keys.
+
+    query [rows, heads, d]; key and value [key rows, kv_heads, d]; cache: keys and values [tokens, kv_heads, d] each,
+    which get this forward's first, at `sequences.write`. Head h reads KV head h // (heads / kv_heads). Causal: the
+    query of index i sees token keys j ≤ i, and with a window those j > i − window; prefix keys are always seen.
+    Returns [rows, heads, d] in the query's dtype; rows of no sequence are zero.
+    """
+    if sequences.write is not None:
+        assert cache is not None and sequences.write.shape[0] == key.shape[0]
+        cache[0].index_copy_(0, sequences.write, key)
+        cache[1].index_copy_(0, sequences.write, value)
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    path = _PATHS[choose(query.device)]
+    attention = paths.Attention(sequences, prefix, scale, bias, window, softcap)
+    for sequence in sequences.items:
+        keys, values = cache if sequence.cached and cache is not None else (key, value)
+        first, last = sequence.key_start, sequence.key_start + sequence.keys
+        rows = slice(sequence.query_start, sequence.query_start + sequence.queries)
+        out[rows] = path(query[rows], keys[first:last], values[first:last], sequence, attention)
+    return out

@@ -1,0 +1,34 @@
+"""Who attends to what in one forward: one entry for each request, for one kind of attention."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Queries are rows [query_start, query_start + queries); the first has index `position` among the keys.
+
+    Keys are [key_start, key_start + keys), of the cache if `cached`, else of this forward's key rows.
+    """
+
+    query_start: int
+    queries: int
+    position: int
+    key_start: int
+    keys: int
+    slot: int
+    cached: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """`write` int64 [key rows]: cache rows that this forward's keys and values go to; None: nothing is cached.
+
+    `buckets` is what layers of one forward share: T5's distances, bucketed once.
+    """
+
+    items: tuple[Sequence, ...]
+    causal: bool
+    write: torch.Tensor | None = None
+    buckets: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)

@@ -1,0 +1,57 @@
+"""Dense: y += x Wᵀ + b, or y = x Wᵀ + b instead of the backbone's product; and heads, whose widths differ by slot."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import SlotTable
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
+
+Layer = tuple[torch.Tensor, torch.Tensor | None, str | None]
+"""Weight [out, in], bias [out] or None, activation or None."""
+
+
+class DenseTable(SlotTable):
+    """Columns weight [out, in] and bias [out] (may be empty); scalar replace, 0 or 1."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        super().__init__(2, capacity, device)
+
+
+def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -> None:
+    """y += x Wᵀ + b in place; rows of a slot that replaces are overwritten instead.
+
+    y fp32 [rows, out]; x [rows, in], any float dtype; products fp32. Bare rows are not touched.
+    """
+    if not table.touches(rowmap):
+        return
+    for run, entry in table.entries(rowmap):
+        weight, bias = entry.tensors
+        assert weight is not None
+        product = torch.nn.functional.linear(
+            x[run.start : run.stop].float(), weight.float(), None if bias is None else bias.float()
+        )
+        if entry.scalars[0]:
+            y[run.start : run.stop] = product
+        else:
+            y[run.start : run.stop] += product
+
+
+def heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]) -> list[torch.Tensor]:
+    """Each row through its slot's layers: h = act(h Wᵀ + b). x [rows, hidden]; every row has a slot in `layers`.
+
+    Returns a row's outputs as fp32 [width of its head], in row order.
+    """
+    out: list[torch.Tensor] = []
+    for run in rowmap.runs:
+        assert run.start == len(out), "a row without a head"
+        hidden = x[run.start : run.stop].float()
+        for weight, bias, activation in layers[run.slot]:
+            hidden = torch.nn.functional.linear(hidden, weight.float(), None if bias is None else bias.float())
+            if activation is not None:
+                hidden = _ACTIVATIONS[activation](hidden)
+        out.extend(hidden.unbind(0))
+    assert len(out) == rowmap.rows, "a row without a head"
+    return out

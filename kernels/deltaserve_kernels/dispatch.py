@@ -1,0 +1,34 @@
+"""Which implementation runs. Decided here alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import Enum
+
+import torch
+
+
+class Implementation(Enum):
+    REFERENCE = "reference"  # obvious, slow, runs anywhere; what the others are compared with
+    CPU = "cpu"
+
+
+_forced: ContextVar[Implementation | None] = ContextVar("deltaserve_implementation", default=None)
+
+
+def choose(device: torch.device) -> Implementation:
+    """The implementation for tensors on `device`."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return Implementation.CPU if device.type == "cpu" else Implementation.REFERENCE
+
+
+@contextmanager
+def forced(implementation: Implementation) -> Iterator[None]:
+    """Overrides `choose` in this thread; for tests."""
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

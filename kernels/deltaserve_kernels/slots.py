@@ -1,0 +1,71 @@
+"""SlotTable: for one primitive at one site, each slot's tensors and the device table of their addresses."""
+
+from dataclasses import dataclass
+
+import torch
+
+from deltaserve_kernels.rowmap import RowMap, Run
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What a slot has here: tensors in the table's column order, None where a column is empty; and its scalars."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    scalars: tuple[float, ...]
+
+
+class SlotTable:
+    """`addresses` int64 [capacity, columns] on the device; 0 means that there is nothing here.
+
+    `generation` counts changes, so that what is derived from entries knows when it is stale. Written between forwards,
+    by the thread that launches them.
+    """
+
+    def __init__(self, columns: int, capacity: int, device: torch.device) -> None:
+        self._columns = columns
+        self._capacity = capacity
+        self._device = device
+        self._entries: dict[int, Entry] = {}
+        self._addresses: torch.Tensor | None = None
+        self.generation = 0
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def addresses(self) -> torch.Tensor:
+        """Made when the first entry comes: most sites of a large backbone never see one."""
+        if self._addresses is None:
+            self._addresses = torch.zeros(self._capacity, self._columns, dtype=torch.int64, device=self._device)
+        return self._addresses
+
+    def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
+        """Publishes a slot's tensors; they must stay alive and contiguous until `drop`."""
+        assert 0 <= slot < self._capacity and len(tensors) == self._columns
+        assert all(t is None or (t.is_contiguous() and t.device == self._device) for t in tensors)
+        self._entries[slot] = Entry(tensors, scalars)
+        row = [0 if t is None else t.data_ptr() for t in tensors]
+        self.addresses[slot] = torch.tensor(row, dtype=torch.int64)
+        self.generation += 1
+
+    def drop(self, slot: int) -> None:
+        """Takes a slot's tensors back."""
+        del self._entries[slot]
+        self.addresses[slot] = 0
+        self.generation += 1
+
+    def get(self, slot: int) -> Entry | None:
+        return self._entries.get(slot)
+
+    def touches(self, rowmap: RowMap) -> bool:
+        """Whether any active slot has something here."""
+        return bool(self._entries) and not self._entries.keys().isdisjoint(rowmap.active)
+
+    def entries(self, rowmap: RowMap) -> list[tuple[Run, Entry]]:
+        """The runs whose slot has something here, in row order."""
+        found = self._entries
+        return [(run, found[run.slot]) for run in rowmap.runs if run.slot in found]
