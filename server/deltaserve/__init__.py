@@ -1,0 +1,1 @@
+"""deltaserve: one frozen backbone on the device; every request names its delta."""

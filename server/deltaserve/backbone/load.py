@@ -1,0 +1,127 @@
+"""From a local folder or a Hub id to a frozen backbone on its device. safetensors only; never code from a checkpoint."""
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaserve.backbone import attention
+from deltaserve.backbone.families import family_of
+from deltaserve.backbone.model import Backbone
+from deltaserve.errors import FailedPrecondition
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str, *, revision: str | None = None, tokenizer: str | None = None, dtype: str = "auto", device: str = "auto"
+) -> Backbone:
+    """Loads a backbone and opens it up.
+
+    `name` is a folder or a Hub id, `tokenizer` another one for the tokenizer only. `dtype` `auto` is bfloat16 on GPUs
+    and on CPUs that multiply it natively, else float32. `device` is `auto`, `cpu`, `cuda` or `cuda:n`. Without a
+    tokenizer the backbone serves token ids. Raises FailedPrecondition where it cannot be had or is not served.
+    """
+    config = _config(name, revision)
+    family = family_of(config.model_type, name)
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    model = _model(name, revision, family.loader, config, kind)
+    missing = _missing(name, model[1], family.pooler, family.prefix)
+    backbone = Backbone(
+        name=name,
+        family=family,
+        model=model[0].to(place).eval().requires_grad_(False),
+        tokenizer=_tokenizer(tokenizer or name, None if tokenizer else revision),
+        has_pooler=not missing,
+    )
+    return backbone
+
+
+def _config(name: str, revision: str | None) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(
+            f"backbone {name!r} cannot be read: {_first_line(error)}; give a folder with config.json and safetensors, "
+            "or the id of a model on the Hub",
+            reason="BACKBONE_NOT_FOUND",
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _model(
+    name: str, revision: str | None, loader: str, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    attention.register()
+    try:
+        model, info = getattr(transformers, loader).from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FailedPrecondition(
+            f"backbone {name!r} cannot be loaded: {_first_line(error)}", reason="BACKBONE_NOT_LOADED"
+        ) from error
+    return model, info
+
+
+def _missing(name: str, info: dict[str, Any], pooler: str | None, prefix: str) -> bool:
+    """Whether only the pooler's weights are absent (checkpoints of masked language models). Raises for any other."""
+    missing = sorted(info.get("missing_keys", ()))
+    below = (pooler or "").removeprefix(prefix + ".")
+    if missing and pooler and all(key.removeprefix(prefix + ".").startswith(below + ".") for key in missing):
+        log.warning("the backbone's checkpoint has no pooler: deltas for sequence classification will be refused")
+        return True
+    if missing:
+        raise FailedPrecondition(
+            f"backbone {name!r} lacks {len(missing)} of its weights, the first being {missing[0]!r}",
+            reason="BACKBONE_NOT_LOADED",
+        )
+    return False
+
+
+def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        log.warning("no tokenizer (%s): this server takes and gives token ids only", _first_line(error))
+        return None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
+        raise FailedPrecondition(f"--device {device}: not on this machine; use auto or cpu", reason="NO_DEVICE")
+    return place
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return torch.bfloat16 if device.type == "cuda" or native_bfloat16() else torch.float32
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

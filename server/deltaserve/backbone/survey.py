@@ -1,0 +1,90 @@
+"""Finds the sites of a transformers model: what a BackboneSpec says of it."""
+
+import re
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from deltaserve.backbone.families import Family
+from deltaserve.deltas.sites import Axis, BackboneSpec, Pooling, Site, SiteType
+
+
+def named_modules(family: Family, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Every module by its canonical name: as in the task model, so with the prefix where only the base is loaded."""
+    prefix = family.prefix + "." if family.base_only else ""
+    return {prefix + name: module for name, module in model.named_modules() if name}
+
+
+def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) -> BackboneSpec:
+    """Reads off names, shapes, axes and biases. Touches no weight but biases, which it copies to the host."""
+    config = model.config
+    modules = named_modules(family, model)
+    sites = {
+        found.name: found
+        for path, module in modules.items()
+        if (found := _site(path, module, family, config)) is not None
+    }
+    heads = dict(family.heads)
+    if family.pooler is not None and not has_pooler:
+        sites = {path: site for path, site in sites.items() if not path.startswith(family.pooler + ".")}
+        heads = {task: head for task, head in heads.items() if head.pooling is not Pooling.POOLER}
+    prefix_sites = tuple(
+        path
+        for path in modules
+        for row in family.attentions
+        if row.axis is family.prefix_axis and re.fullmatch(row.pattern, path)
+    )
+    limit = getattr(config, "max_position_embeddings", None) if family.absolute_positions else None
+    return BackboneSpec(
+        name=name,
+        family=family.name,
+        sites=sites,
+        modules=tuple(modules),
+        prefix=family.prefix,
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(config.vocab_size),
+        layers=len(prefix_sites),
+        prefix_sites=prefix_sites,
+        prefix_positions=family.prefix_positions,
+        heads=heads,
+        tasks=family.jobs,
+        encoder_decoder=bool(config.is_encoder_decoder),
+        prefix_pre=family.prefix_pre,
+        max_positions=None if limit is None else int(limit),
+        labels=dict(getattr(config, "id2label", None) or {}),
+        problem_type=getattr(config, "problem_type", None),
+    )
+
+
+def _axis(path: str, family: Family) -> Axis:
+    return next((axis for pattern, axis in family.axes if re.fullmatch(pattern, path)), Axis.TOKENS)
+
+
+def _site(path: str, module: torch.nn.Module, family: Family, config: object) -> Site | None:
+    axis = _axis(path, family)
+    row = next((r for r in family.attentions if re.fullmatch(r.pattern, path)), None)
+    if row is not None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
+        return Site(
+            path,
+            SiteType.ATTENTION,
+            row.axis,
+            kv_heads=int(heads),
+            head_dim=int(getattr(module, family.head_dim)),
+        )
+    if isinstance(module, torch.nn.Linear):
+        return Site(path, SiteType.LINEAR, axis, module.in_features, module.out_features, _host(module.bias))
+    if isinstance(module, Conv1D):
+        return Site(path, SiteType.CONV1D, axis, int(module.weight.shape[0]), int(module.nf), _host(module.bias))
+    if isinstance(module, torch.nn.Embedding):
+        return Site(path, SiteType.EMBEDDING, axis, module.num_embeddings, module.embedding_dim)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.nn.Parameter) and weight.ndim == 1:
+        width = int(weight.shape[0])
+        return Site(path, SiteType.NORM, axis, width, width, _host(getattr(module, "bias", None)))
+    return None
+
+
+def _host(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().float().cpu().clone()

@@ -1,0 +1,86 @@
+"""A delta on the host: named primitives at sites of one backbone, and what is known about them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
+from deltaserve.deltas.sites import Pooling, Task
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a delta's bytes came from and how they were read."""
+
+    format: str
+    content_hash: str
+    file_bytes: int
+    tensors_matched: int
+    base_model: str = ""
+    warnings: tuple[str, ...] = ()
+    guessed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """An immutable set of primitives, valid for one backbone.
+
+    `at[site name]` lists the primitives there. `position_shift` is added to the positions of real tokens (a prefix in
+    families with absolute or rotary positions). `pooling` is what the head reads. `labels` is as long as the head is
+    wide. `problem_type` is `regression`, `single_label_classification` or `multi_label_classification`.
+    """
+
+    kinds: tuple[str, ...]
+    at: Mapping[str, tuple[SitePrimitive, ...]]
+    task: Task
+    provenance: Provenance
+    prompt: SoftPrompt | None = None
+    position_shift: int = 0
+    head: Head | None = None
+    pooling: Pooling | None = None
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, in the order in which the pool lays them out."""
+        for primitives in self.at.values():
+            for primitive in primitives:
+                yield from tensors(primitive)
+        if self.prompt is not None:
+            yield from tensors(self.prompt)
+        if self.head is not None:
+            yield from tensors(self.head)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel() for t in self.tensors())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the primitives' tensors, without alignment."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
+    def prompt_length(self) -> int:
+        return 0 if self.prompt is None else int(self.prompt.rows.shape[0])
+
+
+def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor]) -> Delta:
+    """The same delta with `fn` applied to each tensor, in the order of `Delta.tensors`."""
+
+    def one(primitive: T) -> T:
+        fields = {f.name: getattr(primitive, f.name) for f in dataclasses.fields(primitive)}  # type: ignore[arg-type]
+        changed: dict[str, Any] = {k: fn(v) for k, v in fields.items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(primitive, **changed)  # type: ignore[type-var]
+
+    at = {name: tuple(one(p) for p in primitives) for name, primitives in delta.at.items()}
+    prompt = None if delta.prompt is None else one(delta.prompt)
+    head = None if delta.head is None else Head(tuple(one(layer) for layer in delta.head.layers))
+    return dataclasses.replace(delta, at=at, prompt=prompt, head=head)

@@ -1,0 +1,105 @@
+"""The few operations that every delta is made of; see each class for its equation.
+
+All tensors are on the host, contiguous, and in the dtype of the checkpoint's file. Rows x are [rows, in], outputs y
+are [rows, out]. Products and sums are taken in fp32 and rounded once, at the end of a site.
+
+At one linear the order is fixed: u = x ⊙ in_scale; y = W u + b; LowRank and Dense are computed from u and added;
+y = y ⊙ scale + shift.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """y += scale · (u Aᵀ) Bᵀ. A [r, in], B [out, r]. LoRA (arXiv 2106.09685)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Input side: u = x ⊙ in_scale, [in]. Output side: y = y ⊙ scale + shift, both [out]. None leaves that part out.
+
+    IA³ (arXiv 2205.05638), biases of BitFit (arXiv 2106.10199); at a norm it acts on the norm's output.
+    """
+
+    in_scale: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """y += u Wᵀ + b, W [out, in], b [out] or None; with `replace`, y = u Wᵀ + b instead of the backbone's product."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    replace: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Attention reads these keys and values first; every row of the request sees all of them.
+
+    keys, values [n, kv_heads, head_dim], raw: neither rotated nor normed. With T5's relative bias, prefix row p has
+    relative position p − i + pre for query i, token j has j − i + tok; `biased` False: this layer adds no bias at all.
+    Prefix-tuning (arXiv 2101.00190).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pre: int = 0
+    tok: int = 0
+    biased: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """Rows [n, hidden] put before the token embeddings of the input. Prompt tuning (arXiv 2104.08691)."""
+
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayer:
+    """h = act(h Wᵀ + b). W [out, in]; b [out] or None; act None or `tanh`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The task head: its layers one after the other over pooled rows; the last one's width is the number of labels."""
+
+    layers: tuple[HeadLayer, ...]
+
+    @property
+    def width(self) -> int:
+        return int(self.layers[-1].weight.shape[0])
+
+
+SitePrimitive = LowRank | Affine | Dense | Prefix
+
+
+def tensors(primitive: SitePrimitive | SoftPrompt | Head) -> tuple[torch.Tensor, ...]:
+    """Every tensor a primitive holds, in a fixed order; what the pool stores and what counts as its bytes."""
+    match primitive:
+        case LowRank(a, b):
+            return (a, b)
+        case Affine(in_scale, scale, shift):
+            return tuple(t for t in (in_scale, scale, shift) if t is not None)
+        case Dense(weight, bias):
+            return (weight,) if bias is None else (weight, bias)
+        case Prefix(keys, values):
+            return (keys, values)
+        case SoftPrompt(rows):
+            return (rows,)
+        case Head(layers):
+            return tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)

@@ -1,0 +1,108 @@
+"""Where in a backbone a delta may act, told without the backbone: what formats need to lower and to validate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+
+class Axis(StrEnum):
+    """A row dimension of a forward. Every wrapped module works on the rows of exactly one."""
+
+    TOKENS = "tokens"  # encoder rows, or those of a decoder-only backbone
+    DECODER = "decoder"  # decoder rows of an encoder-decoder
+    MEMORY = "memory"  # encoder rows whose cross-attention keys and values are made in this forward
+    SAMPLED = "sampled"  # rows that get logits
+    POOLED = "pooled"  # rows that go through a pooler
+
+
+class SiteType(StrEnum):
+    LINEAR = "linear"
+    CONV1D = "conv1d"  # transformers' Conv1D: weight stored [in, out]
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    ATTENTION = "attention"
+
+
+class Task(StrEnum):
+    """What a delta answers."""
+
+    GENERATION = "generation"
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+    TOKEN_CLASSIFICATION = "token_classification"
+    EMBEDDING = "embedding"
+
+
+class Pooling(StrEnum):
+    """How rows become one vector, or which row a head reads."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first row (of the soft prompt, if there is one)
+    POOLER = "pooler"  # the first row through the backbone's own pooler
+    LAST = "last"  # the last row
+    LAST_REAL = "last_real"  # the last row whose id is not the pad id (transformers' decoder-only classifiers)
+    TOKENS = "tokens"  # every row
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One module of the backbone. `in_features` and `out_features` are logical, whatever the storage.
+
+    For an embedding: vocabulary and width. For a norm: width twice. For an attention: `kv_heads`, `head_dim`.
+    `bias` is a host fp32 copy [out], or None.
+    """
+
+    name: str
+    type: SiteType
+    axis: Axis
+    in_features: int = 0
+    out_features: int = 0
+    bias: torch.Tensor | None = None
+    kv_heads: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The head of one task in this family, as transformers' class for it names it.
+
+    `layers` lists (module path below the head's own name or "", activation after it); `module` is the head's name.
+    """
+
+    module: str
+    pooling: Pooling
+    layers: tuple[tuple[str, str | None], ...] = (("", None),)
+
+
+@dataclass(frozen=True, eq=False)
+class BackboneSpec:
+    """A backbone as a format sees it.
+
+    `sites`: by canonical name, which is the module's name in transformers' task model (`bert.encoder.layer.0...`).
+    `modules`: every module name of the task model in its order, heads excluded, for matching a config's targets.
+    `prefix`: the task model's name for the base model (`bert`, `transformer`, `model`, or "" for T5): checkpoints of
+    the bare base model leave it out.
+    `prefix_sites`: attention sites that prefix-tuning fills, by layer. `prefix_positions`: whether a prefix shifts the
+    positions of real tokens. `prefix_pre`: relative position of prefix row p for query i is p − i + prefix_pre · n.
+    `prompt_axis`: whether soft prompts go before the encoder's or the only stack's rows (always TOKENS here).
+    `max_positions`: rows of one sequence at most, or None where positions are relative.
+    """
+
+    name: str
+    family: str
+    sites: Mapping[str, Site]
+    modules: tuple[str, ...]
+    prefix: str
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    prefix_sites: tuple[str, ...]
+    prefix_positions: bool
+    heads: Mapping[Task, HeadSpec]
+    tasks: frozenset[str]
+    encoder_decoder: bool = False
+    prefix_pre: int = 0
+    max_positions: int | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    problem_type: str | None = None

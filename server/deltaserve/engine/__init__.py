@@ -1,0 +1,1 @@
+"""One thread, the only one that touches the device."""

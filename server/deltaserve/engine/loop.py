@@ -1,0 +1,399 @@
+"""The engine: one thread that alone touches the device. Requests in, events out, one forward after the other."""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from deltaserve.backbone.load import DTYPES
+from deltaserve.backbone.model import SLOTS, Backbone
+from deltaserve.deltas.delta import Delta
+from deltaserve.engine.kvcache import KVCache
+from deltaserve.engine.request import (
+    Emit,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Job,
+    Limits,
+    Request,
+    StepRecord,
+    Tokens,
+)
+from deltaserve.engine.residency import Residency
+from deltaserve.engine.runner import Outcome, Runner
+from deltaserve.engine.scheduler import Batch, Scheduler
+from deltaserve.engine.sequence import Sequence
+from deltaserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeltaserveError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from deltaserve.pool.pool import Pool
+
+log = logging.getLogger(__name__)
+
+STEPS = 1000
+"""Steps that are remembered."""
+_IDLE = 0.5
+_BATCH_TOKENS = 2048
+_LONGEST_WHOLE = 8192
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Budgets. None is decided from the backbone and the machine. Bytes and seconds."""
+
+    pool_bytes: int
+    kv_bytes: int | None = None
+    max_model_len: int | None = None
+    max_batch_tokens: int | None = None
+    max_running: int = 64
+    max_queued: int = 1024
+    batch_wait: float = 0.0
+    threads: int | None = None
+    delta_dtype: str = "auto"
+
+
+class Engine:
+    """`submit`, `cancel`, `publish`, `retire`, `stats` and `drain` may be called from any thread.
+
+    `fetch(key)` reads a delta that was evicted; `on_step` gets each forward's record on the engine's thread. `failure`
+    is done, with the exception, if the thread ever dies of a bug outside a step.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: EngineSettings,
+        fetch: Callable[[int], Delta],
+        on_step: Callable[[StepRecord], None] = lambda _: None,
+    ) -> None:
+        self.backbone = backbone
+        self.limits = _limits(backbone, settings)
+        self.failure: Future[None] = Future()
+        self._settings = settings
+        self._on_step = on_step
+        self._cache = KVCache(backbone, settings.kv_bytes)
+        backbone.attach_cache(self._cache.arrays)
+        self._pool = Pool(settings.pool_bytes, SLOTS, backbone.device, DTYPES.get(settings.delta_dtype))
+        self._residency = Residency(backbone, self._pool, fetch, self._post, self._load_failed)
+        self._runner = Runner(backbone)
+        self._scheduler = Scheduler(self.limits, self._cache.self_tokens, self._cache.memory_tokens, self._acquire)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sequences: dict[str, Sequence] = {}
+        self._outbox: dict[int, tuple[Emit, list[Event]]] = {}
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._live = 0
+        self._draining = False
+        self._stopping = False
+        self._steps: deque[StepRecord] = deque(maxlen=STEPS)
+        self._index = 0
+        self._thread = threading.Thread(target=self._main, name="deltaserve-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, requests: Items[Request], emit: Emit) -> None:
+        """Queues all requests or none; each will end in exactly one Finished or Failed.
+
+        Raises InvalidArgument for a request that could never run, ResourceExhausted where the queue is full,
+        Unavailable while draining.
+        """
+        now, shape = time.monotonic(), self.backbone.family.shape
+        sequences = [Sequence(request, emit, shape, now) for request in requests]
+        for sequence in sequences:
+            if not self._scheduler.fits(sequence):
+                raise InvalidArgument(
+                    f"a request of {sequence.input_rows} input tokens and {sequence.room} to generate never fits: one "
+                    f"forward takes {self.limits.max_batch_tokens} rows, the KV cache "
+                    f"{self._cache.self_tokens.capacity} tokens (--max-batch-tokens, --kv-bytes)",
+                    reason="REQUEST_TOO_LARGE",
+                )
+        with self._lock:
+            if self._draining:
+                raise Unavailable("the server is shutting down; send this request to another one")
+            if self._queued + len(sequences) > self.limits.max_queued:
+                raise ResourceExhausted(
+                    f"{self._queued} sequences wait and {self.limits.max_queued} may (--max-queued); try again later",
+                    reason="QUEUE_FULL",
+                    retry_after=1.0,
+                )
+            self._queued += len(sequences)
+            self._live += len(sequences)
+        self._post(lambda: self._admit(sequences))
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Ends requests with Failed(Cancelled); those that have ended are passed over."""
+        ids = tuple(request_ids)
+        error = Cancelled("the caller went away")
+        self._post(lambda: self._mark(ids, error))
+
+    def publish(self, key: int, delta: Delta, label: str) -> Future[int]:
+        """Makes a delta resident; the result is its device bytes. See `Residency.publish` for what it raises."""
+        asker: Future[int] = Future()
+        self._post(lambda: self._residency.publish(key, label, delta, asker))
+        return asker
+
+    def retire(self, key: int) -> Future[int]:
+        """Frees a delta once the requests that name it have ended; the result is the bytes freed."""
+        asker: Future[int] = Future()
+        self._post(lambda: self._residency.retire(key, asker))
+        return asker
+
+    def stats(self, steps: bool = False) -> EngineStats:
+        """Counters as of now; those of a running step may be one step old."""
+        loading = self._residency.loading
+        wanted = [s.request.delta for s in list(self._sequences.values()) if s.place is None]
+        return EngineStats(
+            running=self._scheduler.running,
+            waiting=self._queued,
+            waiting_for_load=sum(1 for delta in wanted if delta is not None and delta.key in loading),
+            kv_capacity_tokens=self._cache.self_tokens.capacity,
+            kv_used_tokens=self._cache.used_tokens,
+            kv_capacity_bytes=self._cache.capacity_bytes,
+            kv_used_bytes=self._cache.used_bytes,
+            pool_capacity_bytes=self._pool.capacity,
+            pool_used_bytes=self._pool.used,
+            resident=self._pool.resident,
+            pins=self._pool.pins,
+            steps=tuple(self._steps) if steps else (),
+        )
+
+    def drain(self, seconds: float) -> None:
+        """Refuses new requests, lets the others run for `seconds`, fails the rest with Unavailable, stops the thread."""
+        with self._lock:
+            self._draining = True
+        end = time.monotonic() + seconds
+        while self._live and time.monotonic() < end and self._thread.is_alive():
+            threading.Event().wait(0.01)
+        self._post(self._stop)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # ---- the engine's thread
+
+    def _main(self) -> None:
+        torch.set_grad_enabled(False)
+        if self._settings.threads is not None:
+            torch.set_num_threads(self._settings.threads)
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                self._expire()
+                batch = None if self._gathering() else self._scheduler.schedule()
+                if batch is not None:
+                    self._step(batch)
+                self._flush()
+                if batch is None and not self._stopping:
+                    self._wait()
+        except BaseException as error:
+            log.exception("the engine's thread died")
+            self._abandon(Internal("the engine stopped on a bug; the server's log says why", reason="ENGINE_DIED"))
+            self.failure.set_exception(error)
+        else:
+            self.failure.set_result(None)
+
+    def _take_inbox(self) -> None:
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _wait(self) -> None:
+        """Sleeps until something comes; wakes for deadlines and for the end of --batch-wait-ms."""
+        now = time.monotonic()
+        ends = [now + _IDLE]
+        ends += [s.request.deadline for s in self._scheduler.all() if s.request.deadline is not None]
+        if self._gathering() and self._scheduler.oldest is not None:
+            ends.append(self._scheduler.oldest + self._settings.batch_wait)
+        try:
+            self._inbox.get(timeout=max(min(ends) - now, 0.001))()
+        except queue.Empty:
+            return
+
+    def _gathering(self) -> bool:
+        """Whether a batch is still being gathered: nothing runs, and the first to wait has not waited long enough."""
+        oldest = self._scheduler.oldest
+        return (
+            self._settings.batch_wait > 0
+            and oldest is not None
+            and self._scheduler.running == 0
+            and self._scheduler.waiting < self.limits.max_running
+            and time.monotonic() < oldest + self._settings.batch_wait
+        )
+
+    def _step(self, batch: Batch) -> None:
+        sequences = batch.sequences
+        self._leave_queue(sequences)
+        started, begin = time.time(), time.perf_counter()
+        try:
+            outcomes = self._runner.run(batch)
+        except Exception:
+            log.exception("a forward failed; its %d requests fail, the others go on", len(sequences))
+            error = Internal(
+                "the forward that held this request failed; the server's log says why", reason="STEP_FAILED"
+            )
+            for sequence in sequences:
+                self._end(sequence, Failed(sequence.request.id, error))
+            return
+        for chunk in batch.prefill:
+            chunk.sequence.computed += chunk.count
+        record = self._record(batch, sequences, started, time.perf_counter() - begin, outcomes)
+        for outcome in outcomes:
+            self._deliver(outcome)
+        self._steps.append(record)
+        self._on_step(record)
+
+    def _record(
+        self, batch: Batch, sequences: list[Sequence], started: float, duration: float, outcomes: list[Outcome]
+    ) -> StepRecord:
+        places = {s.slot: s.place for s in sequences if s.place is not None}
+        ordered = [places[slot] for slot in sorted(places)]
+        self._index += 1
+        return StepRecord(
+            index=self._index,
+            started=started,
+            duration=duration,
+            rows=batch.rows,
+            sequences=len(sequences),
+            slots=tuple(p.slot for p in ordered),
+            deltas=tuple(p.label for p in ordered),
+            kinds=tuple(sorted({kind for p in ordered for kind in p.kinds})),
+            phase=batch.phase,
+            output_tokens=sum(1 for o in outcomes if o.token is not None),
+        )
+
+    def _deliver(self, outcome: Outcome) -> None:
+        sequence, request = outcome.sequence, outcome.sequence.request
+        if request.job is not Job.GENERATE:
+            self._end(
+                sequence,
+                Finished(request.id, scores=outcome.scores, vector=outcome.vector, positions=outcome.positions),
+            )
+            return
+        token, sampling = outcome.token, request.sampling
+        assert sampling is not None
+        if token is not None:
+            sequence.output.append(token)
+            sequence.counts[token] = sequence.counts.get(token, 0) + 1
+        ids = () if token is None else (token,)
+        if ids or outcome.positions:
+            self._emit(sequence, Tokens(request.id, ids, outcome.logprobs, outcome.positions))
+        if token is None:
+            return
+        long_enough = len(sequence.output) >= max(sampling.min_new_tokens, 1)
+        if long_enough and (token in sampling.end_ids or token in sampling.stop_ids):
+            self._end(sequence, Finished(request.id, FinishReason.STOP))
+        elif len(sequence.output) >= sampling.max_new_tokens:
+            self._end(sequence, Finished(request.id, FinishReason.LENGTH))
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        delta = sequence.request.delta
+        if delta is None or sequence.place is not None:
+            return True
+        sequence.place = self._residency.pin(delta.key, delta.label)
+        return sequence.place is not None
+
+    def _admit(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._sequences[sequence.request.id] = sequence
+            if sequence.request.delta is not None:
+                self._residency.use(sequence.request.delta.key, 1)
+        self._scheduler.add(sequences)
+
+    def _mark(self, ids: Items[str], error: DeltaserveError) -> None:
+        for request_id in ids:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                self._end(sequence, Failed(request_id, error))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        late = [s for s in self._scheduler.all() if s.request.deadline is not None and s.request.deadline <= now]
+        for sequence in late:
+            error = DeadlineExceeded(f"the deadline passed after {len(sequence.output)} tokens")
+            self._end(sequence, Failed(sequence.request.id, error))
+
+    def _load_failed(self, key: int, error: DeltaserveError) -> None:
+        for sequence in self._scheduler.all():
+            delta = sequence.request.delta
+            if delta is not None and delta.key == key and sequence.place is None:
+                self._end(sequence, Failed(sequence.request.id, error))
+
+    def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
+        """The one way out: KV, pin, use and queue entry are given back here and nowhere else."""
+        request = sequence.request
+        self._leave_queue((sequence,))
+        with self._lock:
+            self._live -= 1
+        self._scheduler.remove(sequence)
+        del self._sequences[request.id]
+        if sequence.place is not None:
+            self._residency.unpin(sequence.place)
+            sequence.place = None
+        if request.delta is not None:
+            self._residency.use(request.delta.key, -1)
+            self._residency.forget((request.delta.key,))
+        self._emit(sequence, event)
+
+    def _leave_queue(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.queued:
+                sequence.queued = False
+                with self._lock:
+                    self._queued -= 1
+
+    def _emit(self, sequence: Sequence, event: Event) -> None:
+        self._outbox.setdefault(id(sequence.emit), (sequence.emit, []))[1].append(event)
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, {}
+        for emit, events in outbox.values():
+            try:
+                emit(events)
+            except Exception:
+                # A caller's event loop may be closed by now; its requests end all the same.
+                log.exception("events could not be handed over")
+
+    def _stop(self) -> None:
+        self._abandon(Unavailable("the server is shutting down; this request was not finished"))
+        self._residency.stop()
+        self._take_inbox()
+        self._stopping = True
+
+    def _abandon(self, error: DeltaserveError) -> None:
+        for sequence in list(self._sequences.values()):
+            self._end(sequence, Failed(sequence.request.id, error))
+        self._flush()
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._inbox.put(call)
+
+
+def _limits(backbone: Backbone, settings: EngineSettings) -> Limits:
+    positions = backbone.spec.max_positions
+    length = settings.max_model_len or backbone.default_length
+    if positions is not None and length > positions:
+        raise InvalidArgument(
+            f"--max-model-len {length}: this backbone has {positions} positions", field="max_model_len"
+        )
+    # What is not chunkable must fit one forward beside the rows that decode.
+    least = min(length, _LONGEST_WHOLE) + 1 + settings.max_running
+    rows = max(settings.max_batch_tokens or _BATCH_TOKENS, least)
+    return Limits(length, rows, settings.max_running, settings.max_queued)

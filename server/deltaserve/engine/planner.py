@@ -1,0 +1,237 @@
+"""From a batch to a Plan: which rows stand where, on which axis, with which slot; and where results will be."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.sites import Axis, Pooling
+from deltaserve.engine.request import Job
+from deltaserve.engine.scheduler import Batch, Chunk
+from deltaserve.engine.sequence import Sequence
+from deltaserve.plan import Plan, PromptPiece, Stack
+from deltaserve_kernels.attention.sequences import Sequence as Span
+from deltaserve_kernels.attention.sequences import Sequences
+from deltaserve_kernels.rowmap import RowMap
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Rows [at, at + count) of the logits belong to a sequence.
+
+    `draw`: the last of them gives the next token. `targets`: tokens that the first of them are to be scored with.
+    """
+
+    sequence: Sequence
+    at: int
+    count: int
+    draw: bool
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """A sequence that ends in rows, not tokens: `rows` of its hidden rows, or `pooled_row` of the pooler's."""
+
+    sequence: Sequence
+    rows: tuple[int, int]
+    pooled_row: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A plan and where its results will stand."""
+
+    plan: Plan
+    sampled: tuple[Sampled, ...]
+    pooled: tuple[Pooled, ...]
+
+
+@dataclass(eq=False)
+class _Axis:
+    """Rows of one axis as they are put down. `shift` is added to positions only."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    token_types: list[int] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    prompts: list[PromptPiece] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    write: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    def put(self, slot: int, ids: Iterable[int], first: int, types: Iterable[int] | None = None) -> None:
+        before = self.rows
+        self.ids.extend(ids)
+        count = self.rows - before
+        self.positions.extend(range(first, first + count))
+        self.token_types.extend([0] * count if types is None else types)
+        self.runs.append((slot, count))
+
+    def stack(self, device: torch.device) -> Stack | None:
+        if not self.ids:
+            return None
+        rows = torch.tensor([self.ids, self.positions, self.token_types], dtype=torch.int64).to(device)
+        return Stack(rows[0], rows[1], rows[2], tuple(self.prompts))
+
+
+class Planner:
+    """Lays batches out for one backbone. Decode rows stand first, then prefill, each group by slot."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._device = backbone.device
+        self._two_stacks = backbone.spec.encoder_decoder
+        self._causal = {row.axis: row.causal for row in backbone.family.attentions}
+        self._cached = {row.axis: row.cached for row in backbone.family.attentions}
+        self._start_id = backbone.defaults.decoder_start_id or 0
+        self._poolings = {head.pooling for head in backbone.spec.heads.values()}
+
+    def layout(self, batch: Batch) -> Layout:
+        axes = {Axis.TOKENS: _Axis(), Axis.DECODER: _Axis()}
+        memory: list[int] = []
+        memory_spans: list[Span] = []
+        memory_write: list[int] = []
+        memory_runs: list[tuple[int, int]] = []
+        sampled: list[Sampled] = []
+        rows_sampled: list[int] = []
+        pooled: list[Pooled] = []
+        rows_pooled: list[tuple[int, int]] = []
+
+        def sample(sequence: Sequence, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()) -> None:
+            sampled.append(Sampled(sequence, len(rows_sampled), count, draw, targets))
+            rows_sampled.extend(range(first, first + count))
+
+        generating = axes[Axis.DECODER if self._two_stacks else Axis.TOKENS]
+        for sequence in batch.decode:
+            row = generating.rows
+            index = len(sequence.output) if self._two_stacks else sequence.input_rows + len(sequence.output) - 1
+            self._cached_rows(generating, sequence, [sequence.output[-1]], index)
+            if self._two_stacks:
+                memory_spans.append(self._cross(sequence, row, 1))
+            sample(sequence, row, 1, draw=True)
+
+        for chunk in batch.prefill:
+            sequence, tokens = chunk.sequence, axes[Axis.TOKENS]
+            first = tokens.rows
+            self._input_rows(tokens, chunk)
+            job = sequence.request.job
+            if self._two_stacks and sequence.decoder_rows:
+                start = sequence.memory_start
+                assert start is not None
+                memory.extend(range(first, first + chunk.count))
+                memory_write.extend(range(start, start + chunk.count))
+                memory_runs.append((sequence.slot, chunk.count))
+                row = generating.rows
+                ids = [self._start_id, *sequence.request.continuation[:-1]]
+                self._cached_rows(generating, sequence, ids, 0)
+                memory_spans.append(self._cross(sequence, row, len(ids)))
+                sample(sequence, row, len(ids), job is Job.GENERATE, sequence.request.continuation)
+            elif job is Job.SCORE:
+                count = len(sequence.request.continuation)
+                sample(sequence, first + chunk.count - count, count, False, sequence.request.continuation)
+            elif job is Job.GENERATE:
+                self._sample_prefill(chunk, first, sample)
+            else:
+                place = Pooled(sequence, (first, first + chunk.count))
+                if self._wants_pooler(sequence):
+                    place = Pooled(sequence, (first, first + chunk.count), len(rows_pooled))
+                    rows_pooled.append((sequence.slot, first))
+                pooled.append(place)
+
+        tokens, decoder = axes[Axis.TOKENS], axes[Axis.DECODER]
+        slots = [(s.sequence.slot, s.count) for s in sampled]
+        device = self._device
+        plan = Plan(
+            maps={
+                Axis.TOKENS: RowMap.of(tokens.runs, device),
+                Axis.DECODER: RowMap.of(decoder.runs, device),
+                Axis.MEMORY: RowMap.of(memory_runs, device),
+                Axis.SAMPLED: RowMap.of(slots, device),
+                Axis.POOLED: RowMap.of([(slot, 1) for slot, _ in rows_pooled], device),
+            },
+            attention={
+                Axis.TOKENS: self._sequences(Axis.TOKENS, tokens.spans, tokens.write),
+                Axis.DECODER: self._sequences(Axis.DECODER, decoder.spans, decoder.write),
+                Axis.MEMORY: self._sequences(Axis.MEMORY, memory_spans, memory_write),
+            },
+            tokens=tokens.stack(device),
+            decoder=decoder.stack(device),
+            memory=torch.tensor(memory, dtype=torch.int64, device=device),
+            sampled=torch.tensor(rows_sampled, dtype=torch.int64, device=device),
+            pooled=torch.tensor([row for _, row in rows_pooled], dtype=torch.int64, device=device),
+        )
+        return Layout(plan, tuple(sampled), tuple(pooled))
+
+    def _wants_pooler(self, sequence: Sequence) -> bool:
+        place = sequence.place
+        return (
+            sequence.request.job is Job.CLASSIFY
+            and place is not None
+            and place.delta is not None
+            and place.delta.pooling is Pooling.POOLER
+        )
+
+    def _input_rows(self, axis: _Axis, chunk: Chunk) -> None:
+        """Soft-prompt rows and ids of a chunk; keys are this forward's rows, or the cache where the axis has one."""
+        sequence, first = chunk.sequence, axis.rows
+        end, prompt = chunk.start + chunk.count, sequence.prompt_rows
+        in_prompt = max(min(end, prompt) - chunk.start, 0)
+        low, high = max(chunk.start - prompt, 0), max(end - prompt, 0)
+        ids = [0] * in_prompt + list(sequence.input_ids[low:high])
+        given = sequence.request.token_type_ids
+        types = None if given is None else [0] * in_prompt + list(given[low:high])
+        if in_prompt:
+            axis.prompts.append(PromptPiece(sequence.slot, first, chunk.start, in_prompt))
+        if self._cached[Axis.TOKENS]:
+            self._cached_rows(axis, sequence, ids, chunk.start, types)
+        else:
+            axis.put(sequence.slot, ids, chunk.start + sequence.position_shift, types)
+            axis.spans.append(Span(first, len(ids), 0, first, len(ids), sequence.slot, False))
+
+    def _cached_rows(
+        self, axis: _Axis, sequence: Sequence, ids: list[int], index: int, types: list[int] | None = None
+    ) -> None:
+        """Rows whose keys and values go to the sequence's extent at `index` and after; they attend to all before."""
+        start, first = sequence.self_start, axis.rows
+        assert start is not None
+        axis.put(sequence.slot, ids, index + sequence.position_shift, types)
+        axis.spans.append(Span(first, len(ids), index, start, index + len(ids), sequence.slot, True))
+        axis.write.extend(range(start + index, start + index + len(ids)))
+
+    def _cross(self, sequence: Sequence, row: int, count: int) -> Span:
+        assert sequence.memory_start is not None
+        return Span(row, count, 0, sequence.memory_start, sequence.memory_tokens, sequence.slot, True)
+
+    def _sequences(self, axis: Axis, spans: list[Span], write: list[int]) -> Sequences:
+        cached = self._cached.get(axis, False)
+        index = torch.tensor(write, dtype=torch.int64, device=self._device) if cached and write else None
+        return Sequences(tuple(spans), self._causal.get(axis, False), index)
+
+    @staticmethod
+    def _sample_prefill(chunk: Chunk, first: int, sample: "_Sample") -> None:
+        """The last row of the last chunk draws; with prompt log-probabilities the rows of the input count too."""
+        sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+        assert sampling is not None
+        end = chunk.start + chunk.count
+        if sampling.prompt_logprobs is None:
+            if chunk.last:
+                sample(sequence, first + chunk.count - 1, 1, True)
+            return
+        low = max(chunk.start, sequence.prompt_rows)
+        if low < end:
+            ids = sequence.request.ids
+            targets = ids[low - sequence.prompt_rows + 1 : end - sequence.prompt_rows + 1]
+            sample(sequence, first + low - chunk.start, end - low, chunk.last, targets)
+
+
+class _Sample(Protocol):
+    """The type of `sample` above."""
+
+    def __call__(
+        self, sequence: Sequence, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()
+    ) -> None: ...

@@ -1,0 +1,1 @@
+"""The deltas that are resident on the device, under a byte budget."""

@@ -1,0 +1,116 @@
+"""The deltas that are resident on the device: one arena reserved at start, under a byte budget.
+
+Owned by the engine's thread. A loader may call `copy` for a range that it was given; everything else is the engine's.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from deltaserve.deltas.delta import Delta, mapped
+from deltaserve.pool.extents import Extents
+
+_ALIGN = 256
+
+
+@dataclass(eq=False)
+class Resident:
+    """A delta in the arena. `slot` is what kernels know it by; `pins` counts the running requests that use it."""
+
+    key: int
+    label: str
+    slot: int
+    start: int
+    nbytes: int
+    kinds: tuple[str, ...]
+    delta: Delta | None = None
+    pins: int = 0
+
+
+class Pool:
+    """Slots and arena. `capacity` in bytes; `slots` deltas at most."""
+
+    def __init__(self, capacity: int, slots: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self._arena = torch.empty(capacity, dtype=torch.uint8, device=device)
+        self._extents = Extents(capacity, _ALIGN)
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._resident: OrderedDict[int, Resident] = OrderedDict()
+        self._dtype = dtype
+
+    @property
+    def capacity(self) -> int:
+        return self._extents.capacity
+
+    @property
+    def used(self) -> int:
+        return self._extents.used
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Keys, least recently used first."""
+        return tuple(self._resident)
+
+    @property
+    def pins(self) -> int:
+        return sum(r.pins for r in list(self._resident.values()))
+
+    def get(self, key: int) -> Resident | None:
+        return self._resident.get(key)
+
+    def size(self, delta: Delta) -> int:
+        """Bytes of the arena that a delta takes, alignment included."""
+        return sum(self._extents.rounded(self._nbytes(t)) for t in delta.tensors())
+
+    def reserve(self, key: int, label: str, delta: Delta) -> Resident | None:
+        """A slot and a range for a delta, or None where there is none now. Raises nothing; `copy` fills it."""
+        if not self._free_slots:
+            return None
+        nbytes = self.size(delta)
+        start = self._extents.take(nbytes)
+        if start is None:
+            return None
+        return Resident(key, label, self._free_slots.pop(), start, self._extents.rounded(nbytes), delta.kinds)
+
+    def copy(self, place: Resident, delta: Delta) -> Delta:
+        """Copies a delta's bytes into its range; returns the delta whose tensors are views of the arena."""
+        at = place.start
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal at
+            dtype = self._dtype or tensor.dtype
+            size = self._nbytes(tensor)
+            view = self._arena[at : at + size].view(dtype).view(tensor.shape)
+            view.copy_(tensor)
+            at += self._extents.rounded(size)
+            return view
+
+        return mapped(delta, move)
+
+    def publish(self, place: Resident, delta: Delta) -> None:
+        """Makes a copied delta findable."""
+        assert place.key not in self._resident
+        place.delta = delta
+        self._resident[place.key] = place
+
+    def touch(self, key: int) -> None:
+        self._resident.move_to_end(key)
+
+    def victim(self) -> Resident | None:
+        """The least recently used delta that nobody uses, or None."""
+        return next((r for r in self._resident.values() if r.pins == 0), None)
+
+    def release(self, place: Resident) -> int:
+        """Frees a slot and its range; returns the bytes. The caller has taken it out of the backbone's tables."""
+        assert place.pins == 0
+        if self._resident.get(place.key) is place:
+            del self._resident[place.key]
+        place.delta = None
+        self._free_slots.append(place.slot)
+        return self._extents.give(place.start)
+
+    def check(self) -> None:
+        self._extents.check()
+
+    def _nbytes(self, tensor: torch.Tensor) -> int:
+        return tensor.numel() * (self._dtype or tensor.dtype).itemsize
