@@ -1,0 +1,1 @@
+"""The embedded default: a tiny trained backbone, its deltas, and what made them."""

@@ -1,0 +1,1 @@
+"""Checkpoints in, deltas out: one lowering for each library that writes them."""

@@ -1,0 +1,50 @@
+"""One sample of a generation as it grows: tokens in, pieces of text out, until it ends or is stopped."""
+
+from dataclasses import dataclass, field
+
+from deltaserve.engine.request import FinishReason, PositionLogprobs, Tokens
+from deltaserve.service.detokenizer import Detokenizer, StopStrings
+
+
+@dataclass
+class Piece:
+    """What one step added. `reason` is set in the last one; `stop` is the string that ended the sample, if one did."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    reason: FinishReason | None = None
+    stop: str | None = None
+
+
+class Growing:
+    """`min_new_tokens`: before that many tokens a stop string does not stop. `count`: tokens so far, for usage."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings, min_new_tokens: int) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._least = min_new_tokens
+        self.count = 0
+
+    def add(self, event: Tokens) -> Piece:
+        """Tokens of one step; those after a stop string are left out."""
+        piece = Piece(prompt_logprobs=event.prompt_logprobs)
+        for index, token in enumerate(event.ids):
+            self.count += 1
+            piece.ids.append(token)
+            piece.logprobs.extend(event.logprobs[index : index + 1])
+            piece.text += self._stops.feed(self._detokenizer.feed(token), self.count >= self._least)
+            if self._stops.found is not None:
+                piece.reason, piece.stop = FinishReason.STOP, self._stops.found
+                break
+        return piece
+
+    def end(self, piece: Piece, reason: FinishReason) -> None:
+        """The engine ended the sample: what was held back comes out."""
+        piece.text += self._stops.feed(self._detokenizer.end(), self.count >= self._least)
+        if self._stops.found is not None:
+            piece.reason, piece.stop = FinishReason.STOP, self._stops.found
+        else:
+            piece.text += self._stops.end()
+            piece.reason = reason

@@ -1,0 +1,77 @@
+"""The README's code does what it says: Python blocks run against a server, commands and flags exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DEFAULT_ADDRESS = re.compile(r"\b(?:127\.0\.0\.1|localhost):9000\b")
+
+
+def blocks(*languages: str) -> list[tuple[int, str]]:
+    """Line and text of each fenced block in one of `languages`."""
+    text = README.read_text() if README.is_file() else ""
+    found = [(text.count("\n", 0, m.start()) + 1, m) for m in FENCE.finditer(text)]
+    return [(line, m.group(2)) for line, m in found if m.group(1) in languages]
+
+
+def commands() -> list[tuple[int, list[str]]]:
+    """Line and words of each command: lines after `$ ` in console blocks, all lines of bash blocks."""
+    prompted = [
+        (line + offset, text.removeprefix("$ "))
+        for line, block in blocks("console")
+        for offset, text in enumerate(block.replace("\\\n", "").splitlines(), 1)
+        if text.startswith("$ ")
+    ]
+    plain = [
+        (line + offset, text)
+        for line, block in blocks("bash", "sh")
+        for offset, text in enumerate(block.replace("\\\n", "").splitlines(), 1)
+    ]
+    return [(line, words) for line, text in prompted + plain if (words := shlex.split(text, comments=True))]
+
+
+def of(program: str) -> list[object]:
+    return [pytest.param(words[1:], id=f"line {line}") for line, words in commands() if words[0] == program]
+
+
+def test_there_is_a_readme() -> None:
+    assert README.is_file()
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=f"line {line}") for line, code in blocks("python")])
+def test_python(code: str, readme_server: str) -> None:
+    """`readme_server` is the address of a running server that has the deltas which the README names."""
+    exec(compile(DEFAULT_ADDRESS.sub(readme_server, code), str(README), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("words", of("make"))
+def test_make(words: list[str], root: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    assert {word for word in words if "=" not in word and not word.startswith("-")} <= targets
+
+
+@pytest.mark.parametrize("words", of("deltaserve"))
+def test_deltaserve(words: list[str], tmp_path: Path) -> None:
+    """The command exists and its help names every flag; it is not run."""
+    path = words[: next((place for place, word in enumerate(words) if not word.isalpha()), len(words))]
+    while path:
+        shown = subprocess.run(
+            [sys.executable, "-m", "deltaserve", *path, "--help"],
+            cwd=tmp_path,
+            env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "PATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if shown.returncode == 0:
+            break
+        path.pop()  # what looked like a subcommand was an argument
+    assert path, f"no such command: {words}"
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert {flag for flag in flags if flag not in shown.stdout} == set()
