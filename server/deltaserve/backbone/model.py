@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +97,13 @@ class Backbone:
         """Gives every cached attention site its keys and values, [tokens, kv_heads, head_dim] each."""
         self._now.cache = cache
 
+    def weights(self, site: str) -> torch.Tensor:
+        """A linear site's weight, a host fp32 copy [out, in]; see `deltas.sites.Weights`. From any thread."""
+        weight = self._modules[site].weight
+        assert isinstance(weight, torch.Tensor)
+        host = weight.detach().float().cpu()
+        return host.T.contiguous() if self.spec.sites[site].type is SiteType.CONV1D else host
+
     def install(self, slot: int, delta: Delta) -> None:
         """Publishes a delta whose tensors are on the device. Between forwards, on the engine's thread."""
         for name, primitives in delta.at.items():
@@ -163,7 +171,8 @@ class Backbone:
 
     def _encoder_only(self, plan: Plan) -> Rows:
         assert plan.tokens is not None
-        out = self.model(
+        model: Any = self.model
+        out = model(
             inputs_embeds=self._embed(self.model.get_input_embeddings(), plan.tokens),
             position_ids=plan.tokens.positions.unsqueeze(0),
             token_type_ids=plan.tokens.token_types.unsqueeze(0),
@@ -176,7 +185,8 @@ class Backbone:
         return Rows(tokens=hidden, decoder=None, pooled=pooled)
 
     def _encoder_decoder(self, plan: Plan) -> Rows:
-        encoder, decoder = self.model.encoder, self.model.decoder
+        model: Any = self.model
+        encoder, decoder = model.encoder, model.decoder
         encoded: torch.Tensor | None = None
         if plan.tokens is not None:
             encoded = encoder(inputs_embeds=self._embed(encoder.embed_tokens, plan.tokens)).last_hidden_state[0]
@@ -187,8 +197,8 @@ class Backbone:
                 memory = encoded[plan.memory].unsqueeze(0)
             else:
                 memory = embeddings.new_zeros(1, 1, embeddings.shape[-1])
-            decoded = decoder(inputs_embeds=embeddings, encoder_hidden_states=memory, use_cache=False)
-            decoded = decoded.last_hidden_state[0]
+            out = decoder(inputs_embeds=embeddings, encoder_hidden_states=memory, use_cache=False)
+            decoded = out.last_hidden_state[0]
         return Rows(tokens=encoded, decoder=decoded, pooled=None)
 
     def _open_attention(self) -> dict[str, AttentionSite]:
@@ -221,7 +231,7 @@ _FORWARDS = {
 }
 
 
-def _open_relative_bias(module: torch.nn.Module, axis: Axis, tables: dict[Axis, RelativeBias]) -> None:
+def _open_relative_bias(module: Any, axis: Axis, tables: dict[Axis, RelativeBias]) -> None:
     """Keeps T5 from building its dense [heads, rows, rows] bias; attention buckets distances itself.
 
     The first self-attention of each stack owns the table of all of them. Cross-attention has none, and would build
@@ -233,7 +243,7 @@ def _open_relative_bias(module: torch.nn.Module, axis: Axis, tables: dict[Axis, 
         tables[axis] = RelativeBias(
             table=embedding.weight,
             bidirectional=not module.is_decoder,
-            max_distance=int(module.relative_attention_max_distance),  # type: ignore[arg-type]
+            max_distance=int(module.relative_attention_max_distance),
         )
     module.compute_bias = lambda *_, **__: None
     module.has_relative_attention_bias = True

@@ -78,7 +78,8 @@ class WrappedModule:
         y = self._inner(u)
         dtype = y.dtype
         total = y.float()
-        apply_lowrank(total, u, rowmap, self._lowrank)
+        # A Dense that replaces overwrites: what is added comes after it.
         apply_dense(total, u, rowmap, self._dense)
+        apply_lowrank(total, u, rowmap, self._lowrank)
         scale_output(total, rowmap, self._affine)
         return total.to(dtype).view(*x.shape[:-1], total.shape[-1])

@@ -1,10 +1,14 @@
 """Where in a backbone a delta may act, told without the backbone: what formats need to lower and to validate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+
+
+Weights = Callable[[str], torch.Tensor]
+"""The backbone's weight at a linear site, by its name: host fp32 [out, in]. For lowerings that need W; may be slow."""
 
 
 class Axis(StrEnum):

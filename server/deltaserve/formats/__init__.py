@@ -1,1 +1,1 @@
-"""Checkpoints in, deltas out: one lowering for each library that writes them."""
+"""Loaders that lower checkpoints to deltas: one package for each library that writes them."""

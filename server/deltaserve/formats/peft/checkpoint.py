@@ -1,0 +1,162 @@
+"""A PEFT checkpoint beside the backbone that it is lowered for: every tensor is taken once, by name and shape."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from deltaserve.deltas.sites import BackboneSpec, Site, SiteType
+from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.folder import Folder
+from deltaserve.formats.wanted import Wanted
+
+SHOWN = 5
+"""Names in one message."""
+
+_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+_ABSENT: Mapping[str | None, frozenset[str]] = {
+    "SEQ_CLS": frozenset({"lm_head"}),
+    "TOKEN_CLS": frozenset({"lm_head", "pooler"}),
+    "FEATURE_EXTRACTION": frozenset({"lm_head"}),
+    "CAUSAL_LM": frozenset({"pooler"}),
+    "SEQ_2_SEQ_LM": frozenset(),
+}
+"""Modules outside of the layers that transformers' class for a task does not have, though the backbone may."""
+_EVERYWHERE = frozenset({"lm_head", "pooler"})
+
+
+class Checkpoint:
+    """`config` and tensors; names of modules are canonical (those of the backbone's sites) everywhere outside.
+
+    `dotted` lists what PEFT may have put before the module path of a tensor, the longest first.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        config: Mapping[str, Any],
+        backbone: BackboneSpec,
+        wanted: Wanted,
+        dotted: tuple[str, ...],
+    ) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.wanted = wanted
+        self.folder = folder
+        self.warnings: list[str] = []
+        self.taken = 0
+        self._tensors = folder.tensors()
+        self._left: dict[str, str] = {}
+        for name in self._tensors.names():
+            start = next((start for start in dotted if name.startswith(start)), None)
+            if start is None:
+                raise BadCheckpoint(
+                    f"tensor {name!r} does not begin with {dotted[0]!r} as PEFT's do", metadata={"tensor": name}
+                )
+            self._left[name.removeprefix(start)] = name
+        self._bare = self._saved_without_prefix()
+        if self._bare:
+            self._left = {self._canonical(short): name for short, name in self._left.items()}
+        self._warn_of_another_backbone()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names under which the checkpoint's own model knew its modules, for matching; see `site`."""
+        if not self._bare:
+            return self.backbone.modules
+        start = self.backbone.prefix + "."
+        return tuple(name.removeprefix(start) for name in self.backbone.modules if name.startswith(start))
+
+    def name(self, module: str) -> str:
+        """The canonical name of one of `modules`."""
+        return self._canonical(module) if self._bare else module
+
+    def own(self, module: str) -> str:
+        """The checkpoint's name of a canonical module."""
+        return module.removeprefix(self.backbone.prefix + ".") if self._bare else module
+
+    def linear(self, module: str, what: str) -> Site:
+        """The site of a targeted linear or Conv1D. Raises BadCheckpoint for anything else."""
+        site = self.backbone.sites.get(module)
+        if site is None or site.type not in (SiteType.LINEAR, SiteType.CONV1D):
+            kind = "no linear layer" if site is None else f"of type {site.type}"
+            raise BadCheckpoint(
+                f"{what} is targeted at {module!r}, which is {kind} here; this release serves it at linear layers",
+                metadata={"module": module},
+            )
+        return site
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there that nobody has taken."""
+        return name in self._left
+
+    def below(self, module: str) -> tuple[str, ...]:
+        """Tensors left at a module or below."""
+        return tuple(name for name in self._left if name.startswith(module + "."))
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor [shape], contiguous, in its file's dtype (float64 as float32). Raises BadCheckpoint."""
+        if name not in self._left:
+            raise BadCheckpoint(f"tensor {name!r} is missing; its module is targeted", metadata={"tensor": name})
+        found = self.shape(name)
+        if found != shape:
+            raise BadCheckpoint(
+                f"tensor {name!r} has shape {list(found)}; this backbone and the config make it {list(shape)}",
+                metadata={"tensor": name, "shape": str(list(found)), "expected": str(list(shape))},
+            )
+        tensor = self._tensors.get(self._left.pop(name))
+        if tensor.dtype is torch.float64:
+            tensor = tensor.float()
+        if tensor.dtype not in _FLOATS:
+            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; a float type is expected")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadCheckpoint(f"tensor {name!r} holds NaN or infinite numbers", metadata={"tensor": name})
+        self.taken += 1
+        return tensor.contiguous()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that is left, without reading it."""
+        return self._tensors.shape(self._left[name])
+
+    def drop(self, name: str) -> None:
+        """Takes a tensor that is a copy of what the backbone or another tensor holds."""
+        del self._left[name]
+        self.taken += 1
+
+    def may_lack(self, module: str) -> bool:
+        """Whether the class that was trained may not have had this module, and the checkpoint has nothing for it."""
+        task = self.config.get("task_type")
+        places = _ABSENT.get(task, _EVERYWHERE) if isinstance(task, str) else _EVERYWHERE
+        top = self.own(module).removeprefix(self.backbone.prefix + ".").partition(".")[0]
+        return top in places and not self.below(module)
+
+    def finish(self) -> None:
+        """Raises BadCheckpoint if a tensor found no place."""
+        if self._left:
+            names = sorted(self._left)
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise BadCheckpoint(
+                f"{len(names)} tensors have no place in this backbone or in the config: "
+                f"{', '.join(names[:SHOWN])}{more}",
+                reason="TENSORS_LEFT_OVER",
+                metadata={"tensors": ",".join(names[:SHOWN]), "count": str(len(names))},
+            )
+
+    def _saved_without_prefix(self) -> bool:
+        """Whether the bare base model was saved, whose names lack the task model's prefix."""
+        start = self.backbone.prefix + "."
+        if not self.backbone.prefix or any(name.startswith(start) for name in self._left):
+            return False
+        known = set(self.backbone.modules)
+        return any(start + name.rsplit(".", cut)[0] in known for name in self._left for cut in (1, 2, 3))
+
+    def _canonical(self, name: str) -> str:
+        return f"{self.backbone.prefix}.{name}"
+
+    def _warn_of_another_backbone(self) -> None:
+        base = self.config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            return
+        theirs, ours = (text.rstrip("/").rpartition("/")[2].lower() for text in (base, self.backbone.name))
+        if theirs != ours:
+            self.warnings.append(f"made for {base[:200]!r}; this backbone is {self.backbone.name!r}")

@@ -1,0 +1,62 @@
+"""What a lowering has put together so far: primitives by site, merged where they fold."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, Prefix, SitePrimitive, SoftPrompt
+from deltaserve.errors import BadCheckpoint
+
+
+class Draft:
+    """At most one primitive of each type stands at a site."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, dict[type, SitePrimitive]] = {}
+        self.kinds: list[str] = []
+        self.prompt: SoftPrompt | None = None
+        self.head: Head | None = None
+        self.position_shift = 0
+
+    @property
+    def at(self) -> dict[str, tuple[SitePrimitive, ...]]:
+        return {site: tuple(found.values()) for site, found in self._at.items()}
+
+    def kind(self, name: str) -> None:
+        """Notes a kind, once."""
+        if name not in self.kinds:
+            self.kinds.append(name)
+
+    def put(self, site: str, primitive: LowRank | Dense | Prefix | Affine) -> None:
+        """Adds a primitive. Raises BadCheckpoint where one of its type is there already."""
+        here = self._at.setdefault(site, {})
+        if type(primitive) in here:
+            raise BadCheckpoint(f"two parts of the checkpoint act in the same way at {site!r}")
+        here[type(primitive)] = primitive
+
+    def shift(self, site: str, shift: torch.Tensor) -> None:
+        """y += shift, [out] fp32; shifts at one site add up."""
+        here = self._at.setdefault(site, {})
+        before = here.get(Affine, Affine())
+        assert isinstance(before, Affine)
+        total = shift if before.shift is None else before.shift + shift
+        here[Affine] = dataclasses.replace(before, shift=total)
+
+    def nothing(self) -> bool:
+        """Whether every number is such that the delta does nothing (a fresh LoRA, say)."""
+        return (
+            self.head is None
+            and self.prompt is None
+            and all(_idle(p) for found in self._at.values() for p in found.values())
+        )
+
+
+def _idle(primitive: SitePrimitive) -> bool:
+    match primitive:
+        case LowRank(a, b):
+            return not bool(a.any()) or not bool(b.any())
+        case Affine(in_scale, scale, shift):
+            ones: Iterable[torch.Tensor] = (t for t in (in_scale, scale) if t is not None)
+            return all(bool((t == 1).all()) for t in ones) and (shift is None or not bool(shift.any()))
+    return False

@@ -1,0 +1,124 @@
+"""modules_to_save: the task's head, and other modules that a checkpoint brings whole."""
+
+from deltaserve.deltas.primitives import Dense, Head, HeadLayer
+from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
+from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.formats.peft import options
+from deltaserve.formats.peft.checkpoint import Checkpoint
+from deltaserve.formats.peft.draft import Draft
+
+_TASKS = {
+    "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
+    "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
+    "CAUSAL_LM": Task.GENERATION,
+    "SEQ_2_SEQ_LM": Task.GENERATION,
+    "FEATURE_EXTRACTION": Task.EMBEDDING,
+}
+CLASSIFIES = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
+
+
+def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
+    """What the delta is for, and whether that was guessed. Raises FailedPrecondition for a task not served."""
+    if checkpoint.wanted.task is not None:
+        return checkpoint.wanted.task, False
+    told = checkpoint.config.get("task_type")
+    if told in _TASKS:
+        return _TASKS[told], False
+    if told is not None:
+        raise FailedPrecondition(
+            f"config key 'task_type' is {told!r}; this release serves {', '.join(_TASKS)}",
+            reason="TASK_NOT_SERVED",
+            metadata={"key": "task_type"},
+        )
+    for task in CLASSIFIES:
+        head = checkpoint.backbone.heads.get(task)
+        if head is not None and checkpoint.below(head.module):
+            return task, True
+    return (Task.GENERATION if "generate" in checkpoint.backbone.tasks else Task.EMBEDDING), True
+
+
+def lower(checkpoint: Checkpoint, draft: Draft, task: Task) -> HeadSpec | None:
+    """Takes the head's tensors and every other saved module; returns what is known of the head, if there is one."""
+    head = _head_spec(checkpoint, task)
+    if head is not None:
+        draft.head = _head(checkpoint, head)
+        draft.kind("head")
+    _drop_foreign_heads(checkpoint, head)
+    _modules(checkpoint, draft)
+    return head
+
+
+def _head_spec(checkpoint: Checkpoint, task: Task) -> HeadSpec | None:
+    if task not in CLASSIFIES:
+        return None
+    head = checkpoint.backbone.heads.get(task)
+    if head is None:
+        able = ", ".join(sorted(t.value for t in checkpoint.backbone.heads)) or "no head at all"
+        raise FailedPrecondition(
+            f"the delta is for {task.value}, and this {checkpoint.backbone.family} backbone serves {able}",
+            reason="TASK_NOT_SERVED",
+            metadata={"task": task.value},
+        )
+    if not checkpoint.below(head.module):
+        raise BadCheckpoint(
+            f"the delta is for {task.value}, and the checkpoint has no tensors of its head {head.module!r}; "
+            "load it with the task that it was made for"
+        )
+    return head
+
+
+def _head(checkpoint: Checkpoint, spec: HeadSpec) -> Head:
+    layers = []
+    width = checkpoint.backbone.hidden_size
+    for path, activation in spec.layers:
+        name = f"{spec.module}.{path}" if path else spec.module
+        weight = f"{name}.weight"
+        shape = checkpoint.shape(weight) if checkpoint.has(weight) else ()
+        outputs = shape[0] if len(shape) == 2 else 1
+        tensor = checkpoint.take(weight, (outputs, width))
+        bias = checkpoint.take(f"{name}.bias", (outputs,)) if checkpoint.has(f"{name}.bias") else None
+        layers.append(HeadLayer(tensor, bias, activation))
+        width = outputs
+        if checkpoint.config.get("bias") == "all":
+            # PEFT also saves the wrapper's two inner copies of a head's bias; the plain name is the one that acts.
+            for inner in ("original_module", "modules_to_save", "modules_to_save.default"):
+                if checkpoint.has(f"{name}.{inner}.bias"):
+                    checkpoint.drop(f"{name}.{inner}.bias")
+    return Head(tuple(layers))
+
+
+def _drop_foreign_heads(checkpoint: Checkpoint, mine: HeadSpec | None) -> None:
+    """The operator named a task without a head for a checkpoint that has one."""
+    for head in checkpoint.backbone.heads.values():
+        names = checkpoint.below(head.module)
+        if names and mine is None and checkpoint.wanted.task is not None:
+            for name in names:
+                checkpoint.drop(name)
+            checkpoint.warnings.append(f"the head {head.module!r} is left out: the task is {checkpoint.wanted.task}")
+
+
+def _modules(checkpoint: Checkpoint, draft: Draft) -> None:
+    saved = options.listed(checkpoint.config, "modules_to_save")
+    if not saved:
+        return
+    for name, site in checkpoint.backbone.sites.items():
+        own = checkpoint.own(name)
+        parts = [own.rsplit(".", cut)[0] for cut in range(own.count(".") + 1)]
+        if any(part.endswith(saved) for part in parts) and checkpoint.below(name):
+            _module(checkpoint, draft, name, site)
+
+
+def _module(checkpoint: Checkpoint, draft: Draft, name: str, site: Site) -> None:
+    if site.type not in (SiteType.LINEAR, SiteType.CONV1D):
+        raise FailedPrecondition(
+            f"config key 'modules_to_save' brings {name!r} whole, of type {site.type}; this release serves heads and "
+            "linear layers so",
+            reason="OPTION_NOT_SERVED",
+            metadata={"key": "modules_to_save", "module": name},
+        )
+    turned = site.type is SiteType.CONV1D
+    shape = (site.in_features, site.out_features) if turned else (site.out_features, site.in_features)
+    weight = checkpoint.take(f"{name}.weight", shape)
+    bias = checkpoint.take(f"{name}.bias", (site.out_features,)) if site.bias is not None else None
+    draft.kind("selective-module")
+    draft.put(name, Dense(weight.T.contiguous() if turned else weight, bias, replace=True))

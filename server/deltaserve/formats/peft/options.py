@@ -1,0 +1,126 @@
+"""A PEFT config's keys: what each may be, and which ones this release refuses by name."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaserve.errors import BadCheckpoint, FailedPrecondition
+
+COMMON = frozenset({"peft_type", "task_type", "base_model_name_or_path", "modules_to_save"})
+INERT = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"})
+"""These change nothing at inference. `auto_mapping` and `revision` name code and files; they are never followed."""
+
+MOST_RANK = 1 << 14
+MOST_ENTRIES = 10_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of one type: those that are read, those that change nothing, and what to say of those refused."""
+
+    used: frozenset[str]
+    inert: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises FailedPrecondition for a key that is set and not served, with the key's name."""
+        known = self.used | self.inert | COMMON | INERT
+        for key, value in config.items():
+            if key in known or value in (None, False, "", [], {}):
+                continue
+            why = self.refused.get(key, "this release does not know it, and it may change what the delta computes")
+            raise FailedPrecondition(
+                f"config key {key!r} is {_shown(value)}: {why}", reason="OPTION_NOT_SERVED", metadata={"key": key}
+            )
+
+
+def integer(config: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST_RANK) -> int:
+    """A whole number from 1 to `most`. Raises BadCheckpoint."""
+    return _integer(config.get(key, default), key, most)
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number. Raises BadCheckpoint."""
+    return _number(config.get(key, default), key)
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """true or false; missing is false. Raises BadCheckpoint."""
+    value = config.get(key, False)
+    if not isinstance(value, bool | None):
+        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; true or false is expected")
+    return bool(value)
+
+
+def choice(config: Mapping[str, Any], key: str, among: tuple[str, ...]) -> str:
+    """One of some words, the first by default. Raises BadCheckpoint."""
+    value = config.get(key, among[0])
+    if value not in among:
+        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; expected is one of {', '.join(among)}")
+    assert isinstance(value, str)
+    return value
+
+
+def names(config: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
+    """A pattern, a list of names, or None. Raises BadCheckpoint."""
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and len(value) <= MOST_ENTRIES and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a string or a list of strings is expected")
+
+
+def listed(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of names, empty by default; a single name counts as a list. Raises BadCheckpoint."""
+    value = names(config, key)
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def indices(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """A number or a list of numbers; None where it is missing or empty. Raises BadCheckpoint."""
+    value = config.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if value is None or value == []:
+        return None
+    if isinstance(value, list) and len(value) <= MOST_ENTRIES and all(type(v) is int for v in value):
+        return tuple(value)
+    raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a whole number or a list of them is expected")
+
+
+def ranks(config: Mapping[str, Any], key: str) -> dict[str, int]:
+    """Whole numbers by pattern. Raises BadCheckpoint."""
+    return {
+        pattern: _integer(value, f"{key}[{pattern!r}]", MOST_RANK) for pattern, value in _table(config, key).items()
+    }
+
+
+def numbers(config: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Numbers by pattern. Raises BadCheckpoint."""
+    return {pattern: _number(value, f"{key}[{pattern!r}]") for pattern, value in _table(config, key).items()}
+
+
+def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict) or len(value) > MOST_ENTRIES:
+        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; an object is expected")
+    return value
+
+
+def _integer(value: Any, key: str, most: int) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a whole number from 1 to {most} is expected")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a number is expected")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

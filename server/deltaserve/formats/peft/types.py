@@ -1,0 +1,129 @@
+"""PEFT's types and how each is lowered."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deltaserve.deltas.delta import Delta, Provenance
+from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
+from deltaserve.errors import FailedPrecondition, InvalidArgument
+from deltaserve.formats.folder import Folder
+from deltaserve.formats.peft import heads, ia3, lora, prompts
+from deltaserve.formats.peft.checkpoint import Checkpoint
+from deltaserve.formats.peft.draft import Draft
+from deltaserve.formats.peft.options import Options
+from deltaserve.formats.wanted import Wanted
+
+_TUNER = ("base_model.model.",)
+_PROMPT = ("base_model.", "")
+"""Heads beside a prompt hang on the model itself, and the prompt on nothing."""
+
+
+@dataclass(frozen=True)
+class Type:
+    """One row of the table. `dotted`: what may stand before the module path of its tensors."""
+
+    options: Options
+    lower: Callable[[Checkpoint, Draft, Weights], None]
+    dotted: tuple[str, ...] = _TUNER
+
+
+TYPES: Mapping[str, Type] = {
+    "LORA": Type(lora.OPTIONS, lora.lower),
+    "IA3": Type(ia3.OPTIONS, ia3.lower),
+    "PREFIX_TUNING": Type(prompts.PREFIX_OPTIONS, prompts.lower_prefix, _PROMPT),
+    "PROMPT_TUNING": Type(prompts.PROMPT_OPTIONS, prompts.lower_prompt, _PROMPT),
+    "P_TUNING": Type(prompts.P_TUNING_OPTIONS, prompts.lower_prompt, _PROMPT),
+}
+
+KINDS = ("lora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning", "bias", "head", "selective-module")
+
+
+def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Wanted) -> Delta:
+    """A PEFT checkpoint as a delta for this backbone. Raises BadCheckpoint, FailedPrecondition, InvalidArgument."""
+    config = folder.config()
+    row = _type(config)
+    row.options.check(config)
+    checkpoint = Checkpoint(folder, config, backbone, wanted, row.dotted)
+    draft = Draft()
+    task, guessed = heads.task_of(checkpoint)
+    head = heads.lower(checkpoint, draft, task)
+    row.lower(checkpoint, draft, weights)
+    checkpoint.finish()
+    if draft.nothing():
+        checkpoint.warnings.append("all its numbers are those of a fresh start: it changes nothing")
+    labels, problem, assumed = _labels(checkpoint, draft)
+    return Delta(
+        # The method first, what goes with it after.
+        kinds=tuple(sorted(draft.kinds, key=KINDS.index)),
+        at=draft.at,
+        task=task,
+        provenance=Provenance(
+            format="peft",
+            content_hash=folder.content_hash(),
+            file_bytes=folder.tensor_bytes,
+            tensors_matched=checkpoint.taken,
+            base_model=str(config.get("base_model_name_or_path") or "")[:500],
+            warnings=tuple(checkpoint.warnings),
+            guessed=(("task",) if guessed else ()) + assumed,
+        ),
+        prompt=draft.prompt,
+        position_shift=draft.position_shift,
+        head=draft.head,
+        pooling=_pooling(head, draft),
+        labels=labels,
+        problem_type=problem,
+    )
+
+
+def _type(config: Mapping[str, Any]) -> Type:
+    named = config.get("peft_type")
+    row = TYPES.get(named) if isinstance(named, str) else None
+    if row is None:
+        raise FailedPrecondition(
+            f"config key 'peft_type' is {named!r}; this release serves {', '.join(TYPES)}",
+            reason="KIND_NOT_SERVED",
+            metadata={"peft_type": str(named), "served": ",".join(TYPES)},
+        )
+    return row
+
+
+def _pooling(head: HeadSpec | None, draft: Draft) -> Pooling | None:
+    """What the head reads. Given embeddings instead of ids, transformers' decoder classifiers cannot see padding."""
+    if head is None:
+        return None
+    return Pooling.LAST if head.pooling is Pooling.LAST_REAL and draft.prompt is not None else head.pooling
+
+
+def _labels(checkpoint: Checkpoint, draft: Draft) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """Labels, problem type, and which of the two were guessed."""
+    wanted, width = checkpoint.wanted, 0 if draft.head is None else draft.head.width
+    if wanted.labels and len(wanted.labels) != width:
+        raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
+    if not width:
+        if wanted.problem_type:
+            raise InvalidArgument("problem_type is for deltas that have a head", field="problem_type")
+        return (), None, ()
+    model = checkpoint.folder.model_config()
+    guessed: list[str] = []
+    labels = wanted.labels or _named(model, width)
+    if not labels:
+        labels = tuple(f"LABEL_{i}" for i in range(width))
+        guessed.append("labels")
+    problem = wanted.problem_type or model.get("problem_type")
+    if problem not in _PROBLEMS:
+        problem = "regression" if width == 1 else "single_label_classification"
+        guessed.append("problem_type")
+    return labels, str(problem), tuple(guessed)
+
+
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _named(model: Mapping[str, Any], width: int) -> tuple[str, ...]:
+    """Names from transformers' `id2label`, if it names exactly the head's outputs."""
+    told = model.get("id2label")
+    if not isinstance(told, dict) or len(told) != width:
+        return ()
+    names = tuple(name for i in range(width) if isinstance(name := told.get(str(i)), str))
+    return names if len(names) == width else ()
