@@ -136,8 +136,7 @@ class Checkpoint:
             names = sorted(self._left)
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise BadCheckpoint(
-                f"{len(names)} tensors have no place in this backbone or in the config: "
-                f"{', '.join(names[:SHOWN])}{more}",
+                f"no place in this backbone or in the config for {', '.join(names[:SHOWN])}{more}",
                 reason="TENSORS_LEFT_OVER",
                 metadata={"tensors": ",".join(names[:SHOWN]), "count": str(len(names))},
             )

@@ -1,0 +1,161 @@
+"""Through the whole stack, over gRPC: what a delta gives is what PEFT alone gives, by itself and in a mixed batch."""
+
+import asyncio
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from deltaserve_client import AsyncClient, Client
+from deltaserve_kernels.testing import error_ratio
+
+FAMILIES = ("t5", "flan-t5", "bert", "gpt2", "llama")
+TOLERANCE = 1e-5
+MOVED = 1e-2
+NEW_TOKENS = 16
+TOP = 20
+SECONDS = 90
+HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+Ours = tuple[list[int], torch.Tensor, torch.Tensor | None]
+"""Tokens, rows, and for log-probabilities the ids [n, TOP] that the rows' numbers belong to."""
+
+
+def call(client: Any, case: Any, inputs: list[list[int]], **who: Any) -> Any:
+    """The request that asks for what `answer` of conftest gives."""
+    if case.task in HEADS:
+        return client.classify(inputs, scores_as="raw", timeout=SECONDS, **who)
+    if case.task == "FEATURE_EXTRACTION":
+        return client.embed(inputs, pooling="mean", normalize=False, timeout=SECONDS, **who)
+    wanted = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": TOP}
+    return client.generate(inputs, timeout=SECONDS, **wanted, **who)
+
+
+def read(case: Any, result: Any) -> list[Ours]:
+    if case.task == "SEQ_CLS":
+        return [([], torch.tensor([one.scores]), None) for one in result.results]
+    if case.task == "TOKEN_CLS":
+        return [([], torch.tensor([token.scores for token in one.tokens]), None) for one in result.results]
+    if case.task == "FEATURE_EXTRACTION":
+        return [([], torch.tensor([one.values]), None) for one in result.results]
+    samples = [one.samples[0] for one in result.results]
+    return [
+        (
+            list(sample.ids),
+            torch.tensor([[t.logprob for t in place.top] for place in sample.logprobs]),
+            torch.tensor([[t.id for t in place.top] for place in sample.logprobs]),
+        )
+        for sample in samples
+    ]
+
+
+def differ(ours: Ours, reference: tuple[list[int], torch.Tensor]) -> float:
+    """Error ratio; infinite where the greedy tokens differ."""
+    tokens, rows, ids = ours
+    if tokens != reference[0]:
+        return float("inf")
+    return error_ratio(rows, reference[1] if ids is None else reference[1].gather(1, ids))
+
+
+class Mixed:
+    """Everything that was asked of a family at one time, and the steps that answered it."""
+
+    def __init__(self, prepared: Any, address: str) -> None:
+        self.prepared = prepared
+        self.answers: dict[Any, list[Ours]] = {}
+        self.bare: list[Ours] = []
+        self.steps: tuple[Any, ...] = ()
+        asyncio.run(self._ask(address))
+
+    @property
+    def plain_case(self) -> Any:
+        """A case whose task needs no head: what the bare backbone is asked."""
+        return next(case for case in self.prepared.cases if case.task not in HEADS)
+
+    async def _ask(self, address: str) -> None:
+        inputs: Callable[[Any], list[list[int]]] = self.prepared.inputs
+        async with AsyncClient(address) as client:
+            known = {delta.name async for delta in client.deltas.list()}
+            for case in self.prepared.cases:
+                if case.name not in known:
+                    await client.deltas.load(case.name, case.name, timeout=SECONDS)
+            before = (await client.server_info(steps=True)).steps
+            plain = self.plain_case
+            results = await asyncio.gather(
+                *(call(client, case, inputs(case), delta=case.name) for case in self.prepared.cases),
+                call(client, plain, inputs(plain), backbone=True),
+            )
+            last = before[-1].index if before else 0
+            self.steps = tuple(s for s in (await client.server_info(steps=True)).steps if s.index > last)
+        for case, result in zip(self.prepared.cases, results, strict=False):
+            assert result.delta == f"{case.name}@1"
+            self.answers[case] = read(case, result)
+        assert results[-1].delta == ""
+        self.bare = read(plain, results[-1])
+
+
+@pytest.fixture(scope="session")
+def mixed(prepared: Any, server: Any) -> Callable[[str], Mixed]:
+    made: dict[str, Mixed] = {}
+
+    def do(family: str) -> Mixed:
+        if family not in made:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made[family] = Mixed(prepared(family), server(family))
+        return made[family]
+
+    return do
+
+
+def worst(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {ratio:.1e}" for name, ratio in sorted(found.items(), key=lambda item: -item[1]))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_delta_moves_the_output(family: str, prepared: Any) -> None:
+    made = prepared(family)
+    moved = {
+        case.name: min(
+            error_ratio(ours[1], bare[1]) for ours, bare in zip(made.references[case], made.without[case], strict=True)
+        )
+        for case in made.cases
+    }
+    still = {name: ratio for name, ratio in moved.items() if ratio < MOVED}
+    assert not still, worst(still)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_equals_peft_alone(family: str, mixed: Callable[[str], Mixed]) -> None:
+    made = mixed(family)
+    ratios = {case.name: max(map(differ, ours, made.prepared.references[case])) for case, ours in made.answers.items()}
+    ratios["the backbone"] = max(map(differ, made.bare, made.prepared.without[made.plain_case]))
+    off = {name: ratio for name, ratio in ratios.items() if not ratio <= TOLERANCE}
+    assert not off, worst(off)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_was_mixed(family: str, mixed: Callable[[str], Mixed]) -> None:
+    """One forward held at least 8 sequences, 5 deltas of 3 kinds, and rows of the bare backbone."""
+    most = max(mixed(family).steps, key=lambda step: (len(step.deltas), step.sequences))
+    asked = 2 * (len(mixed(family).prepared.cases) + 1)
+    assert most.sequences >= 8 and len(most.deltas) >= 5 and len(set(most.kinds)) >= 3
+    assert most.sequences == asked, "those of the bare backbone are in it"
+    assert len(most.deltas) == len(mixed(family).prepared.cases)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_equals_peft(family: str, mixed: Callable[[str], Mixed], server: Any) -> None:
+    made = mixed(family).prepared
+    ratios = {}
+    with Client(server(family)) as client:
+        for case in made.cases:
+            ours = [read(case, call(client, case, [ids], delta=case.name))[0] for ids in made.inputs(case)[:1]]
+            ratios[case.name] = differ(ours[0], made.references[case][0])
+    off = {name: ratio for name, ratio in ratios.items() if not ratio <= TOLERANCE}
+    assert not off, worst(off)
