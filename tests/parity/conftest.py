@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -315,12 +315,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepar
 @pytest.fixture(scope="session")
 def server(prepared: Callable[[str], Prepared]) -> Iterator[Callable[[str], str]]:
     """`server("t5")` is the address of a real server process with that backbone, in float32."""
-    running: dict[str, tuple[subprocess.Popen[str], str]] = {}
+    running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
 
     def start(family: str) -> str:
         if family not in running:
-            folder = prepared(family).folder
-            running[family] = launched(folder / "backbone", folder / "deltas")
+            running[family] = launched(prepared(family).folder)
         return running[family][1]
 
     yield start
@@ -329,20 +328,20 @@ def server(prepared: Callable[[str], Prepared]) -> Iterator[Callable[[str], str]
     assert [process.wait(30) for process, _ in running.values()] == [0] * len(running)
 
 
-def launched(backbone_folder: Path, deltas: Path) -> tuple[subprocess.Popen[str], str]:
+def launched(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`deltaserve serve` on free ports; returns when it says that it is ready."""
-    words = ["serve", str(backbone_folder), "--dtype", "float32", "--device", "cpu", "--delta-root", str(deltas)]
-    words += ["--grpc-port", "0", "--metrics-port", "0", "--kv-bytes", "32MiB", "--pool-bytes", "32MiB"]
-    words += ["--batch-wait-ms", "100", "--threads", "1", "--log-format", "json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deltaserve", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        event = json.loads(line) if line.startswith("{") else {}
-        if event.get("event") == "ready":
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            return process, event["grpc"]
-    raise AssertionError("the server ended before it was ready:\n" + "".join(said[-20:]))
+    words = ["serve", str(folder / "backbone"), "--delta-root", str(folder / "deltas"), "--dtype", "float32"]
+    words += ["--device", "cpu", "--threads", "1", "--kv-bytes", "32MiB", "--pool-bytes", "32MiB"]
+    words += ["--grpc-port", "0", "--metrics-port", "0", "--batch-wait-ms", "200", "--log-format", "json"]
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "deltaserve", *words], stdout=out, stderr=out)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line[-1] == "}"]
+        address = next((event["grpc"] for event in events if event["event"] == "ready"), None)
+        if address is not None:
+            return process, address
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"the server was not ready in time:\n{log.read_text()[-2000:]}")
