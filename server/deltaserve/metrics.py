@@ -203,7 +203,7 @@ class _State(Collector):
         yield _gauge("kv_cache_usage_ratio", "Share of the KV cache that is reserved.", {(): now.kv_used_ratio})
         yield _gauge("pool_bytes", "Taken by deltas.", {("device",): now.pool_bytes}, ("tier",))
         yield _gauge("pool_capacity_bytes", "For deltas.", {("device",): now.pool_capacity_bytes}, ("tier",))
-        kinds = {("device", kind): n for kind, n in now.resident.items()}
+        kinds: dict[tuple[str, ...], float] = {("device", kind): n for kind, n in now.resident.items()}
         yield _gauge("deltas_resident", "Deltas in memory that have parts of a kind.", kinds, ("tier", "kind"))
 
 

@@ -49,7 +49,7 @@ class Answers:
     async def batches(self) -> AsyncIterator[list[Event]]:
         """Events of one step at a time, until every request has ended. Raises the error of the first that failed."""
         while self._open:
-            batch = []
+            batch: list[Event] = []
             for event in await self._queue.get():
                 if event.request_id not in self._open:
                     continue

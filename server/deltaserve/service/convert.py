@@ -1,7 +1,7 @@
 """From our types to the contract's messages. Pure: no engine, no waiting."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from deltaserve.catalog.version import State, Version
 from deltaserve.deltas.sites import Pooling, Task
@@ -190,7 +190,7 @@ def _sigmoid(raw: Sequence[float]) -> list[float]:
     return [1 / (1 + math.exp(-v)) if v >= 0 else math.exp(v) / (1 + math.exp(v)) for v in raw]
 
 
-_TRANSFORMS = {
+_TRANSFORMS: Mapping[inference_pb2.ScoresAs, Callable[[Sequence[float]], list[float]]] = {
     inference_pb2.SCORES_AS_RAW: list,
     inference_pb2.SCORES_AS_SOFTMAX: _softmax,
     inference_pb2.SCORES_AS_SIGMOID: _sigmoid,

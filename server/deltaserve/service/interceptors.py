@@ -1,5 +1,6 @@
 """Around every RPC, of all four kinds: a request id, the metrics, one log line, and errors that became statuses."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import asyncio
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
@@ -61,7 +61,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(handler_call_details)

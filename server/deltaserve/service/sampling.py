@@ -77,7 +77,7 @@ def wish(message: pb.Sampling, *, eos_ids: tuple[int, ...], vocab_size: int, dec
     """Checks a message. Raises InvalidArgument, and FailedPrecondition for what this backbone does not give."""
     for rule in _RULES:
         value = getattr(message, rule.field)
-        if message.HasField(rule.field) and not (math.isfinite(value) and rule.allowed(value)):  # type: ignore[arg-type]
+        if message.HasField(rule.field) and not (math.isfinite(value) and rule.allowed(value)):
             raise InvalidArgument(f"{rule.field} is {value:g}; it must be {rule.said}", field=f"sampling.{rule.field}")
     temperature = message.temperature if message.HasField("temperature") else 0.0
     n = message.n if message.HasField("n") else 1

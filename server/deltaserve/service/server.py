@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
@@ -49,7 +50,7 @@ class Server:
         add_inference(inference, self._server)
         add_deltas(deltas, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*NAMES, HEALTH, reflection.SERVICE_NAME), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port. Raises FailedPrecondition where it is taken."""
