@@ -1,11 +1,13 @@
-"""From a local folder or a Hub id to a frozen backbone on its device. safetensors only; never code from a checkpoint."""
+"""From a folder or a Hub id to a frozen backbone on its device. safetensors only; never code from a checkpoint."""
 
 import logging
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from deltaserve.backbone import attention
 from deltaserve.backbone.families import family_of
@@ -28,6 +30,7 @@ def load(
     """
     config = _config(name, revision)
     family = family_of(config.model_type, name)
+    _alone(name, config)
     place = _device(device)
     kind = _dtype(dtype, place)
     model = _model(name, revision, family.loader, config, kind)
@@ -55,6 +58,22 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
     return config
 
 
+def _alone(name: str, config: PretrainedConfig) -> None:
+    """Refuses what makes a row depend on rows of other requests, or attend otherwise than its family does."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise FailedPrecondition(
+            f"backbone {name!r} has rope_type {kind!r}, whose angles depend on the longest sequence of a batch; this "
+            "release serves those that do not",
+            reason="BACKBONE_NOT_SERVED",
+        )
+    if getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
+        raise FailedPrecondition(
+            f"backbone {name!r} has is_decoder set: a {config.model_type} model that attends causally is not served",
+            reason="BACKBONE_NOT_SERVED",
+        )
+
+
 def _model(
     name: str, revision: str | None, loader: str, config: PretrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -70,7 +89,7 @@ def _model(
             attn_implementation=attention.NAME,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise FailedPrecondition(
             f"backbone {name!r} cannot be loaded: {_first_line(error)}", reason="BACKBONE_NOT_LOADED"
         ) from error
@@ -99,16 +118,31 @@ def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | Non
         log.warning("no tokenizer (%s): this server takes and gives token ids only", _first_line(error))
         return None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not _has_files(name, revision, tokenizer):
+        log.warning("no tokenizer (%s has no files of one): this server takes and gives token ids only", name)
+        return None
     return tokenizer
+
+
+def _has_files(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it was read from somewhere: without files transformers makes an empty one, which knows no words."""
+    files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
+    tolerant = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    return any(cached_file(name, file, revision=revision, **tolerant) is not None for file in sorted(files))
 
 
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
+    kind, _, index = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (index or "0").isdecimal() or int(index or "0") >= there:
         raise FailedPrecondition(f"--device {device}: not on this machine; use auto or cpu", reason="NO_DEVICE")
-    return place
+    return torch.device(device)
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -24,7 +24,7 @@ class KVCache:
 
     def __init__(self, backbone: Backbone, budget: int | None) -> None:
         sites = {name: (axis, backbone.spec.sites[name]) for name, axis in backbone.cached_sites.items()}
-        size = backbone.dtype.itemsize
+        size: int = backbone.dtype.itemsize
         per_token = sum(2 * site.kv_heads * site.head_dim * size for _, site in sites.values())
         budget = default_budget(backbone.device) if budget is None else budget
         tokens = budget // per_token if per_token else 0
@@ -60,4 +60,5 @@ def default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return min(_CPU_BYTES, int(psutil.virtual_memory().available * _CPU_SHARE))
+    available: int = psutil.virtual_memory().available
+    return min(_CPU_BYTES, int(available * _CPU_SHARE))

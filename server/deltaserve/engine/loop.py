@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
@@ -16,15 +15,14 @@ from deltaserve.backbone.load import DTYPES
 from deltaserve.backbone.model import SLOTS, Backbone
 from deltaserve.deltas.delta import Delta
 from deltaserve.engine.kvcache import KVCache
+from deltaserve.engine.outbox import Outbox
 from deltaserve.engine.request import (
     Emit,
     EngineStats,
-    Event,
     Failed,
     Finished,
     FinishReason,
     Job,
-    Limits,
     Request,
     StepRecord,
     Tokens,
@@ -33,6 +31,7 @@ from deltaserve.engine.residency import Residency
 from deltaserve.engine.runner import Outcome, Runner
 from deltaserve.engine.scheduler import Batch, Scheduler
 from deltaserve.engine.sequence import Sequence
+from deltaserve.engine.settings import EngineSettings, limits
 from deltaserve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -44,28 +43,13 @@ from deltaserve.errors import (
 )
 from deltaserve.pool.pool import Pool
 
+__all__ = ["STEPS", "Engine", "EngineSettings"]
+
 log = logging.getLogger(__name__)
 
 STEPS = 1000
 """Steps that are remembered."""
 _IDLE = 0.5
-_BATCH_TOKENS = 2048
-_LONGEST_WHOLE = 8192
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Budgets. None is decided from the backbone and the machine. Bytes and seconds."""
-
-    pool_bytes: int
-    kv_bytes: int | None = None
-    max_model_len: int | None = None
-    max_batch_tokens: int | None = None
-    max_running: int = 64
-    max_queued: int = 1024
-    batch_wait: float = 0.0
-    threads: int | None = None
-    delta_dtype: str = "auto"
 
 
 class Engine:
@@ -83,7 +67,7 @@ class Engine:
         on_step: Callable[[StepRecord], None] = lambda _: None,
     ) -> None:
         self.backbone = backbone
-        self.limits = _limits(backbone, settings)
+        self.limits = limits(backbone, settings)
         self.failure: Future[None] = Future()
         self._settings = settings
         self._on_step = on_step
@@ -95,12 +79,11 @@ class Engine:
         self._scheduler = Scheduler(self.limits, self._cache.self_tokens, self._cache.memory_tokens, self._acquire)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
-        self._outbox: dict[int, tuple[Emit, list[Event]]] = {}
+        self._outbox = Outbox()
         self._lock = threading.Lock()
         self._queued = 0
-        self._live = 0
-        self._draining = False
-        self._stopping = False
+        self._refusal: Callable[[], DeltaserveError] | None = None
+        self._ended = False
         self._steps: deque[StepRecord] = deque(maxlen=STEPS)
         self._index = 0
         self._thread = threading.Thread(target=self._main, name="deltaserve-engine", daemon=True)
@@ -112,7 +95,7 @@ class Engine:
         """Queues all requests or none; each will end in exactly one Finished or Failed.
 
         Raises InvalidArgument for a request that could never run, ResourceExhausted where the queue is full,
-        Unavailable while draining.
+        Unavailable while draining, Internal where the engine's thread has died.
         """
         now, shape = time.monotonic(), self.backbone.family.shape
         sequences = [Sequence(request, emit, shape, now) for request in requests]
@@ -125,17 +108,19 @@ class Engine:
                     reason="REQUEST_TOO_LARGE",
                 )
         with self._lock:
-            if self._draining:
-                raise Unavailable("the server is shutting down; send this request to another one")
+            if self._refusal is not None:
+                raise self._refusal()
             if self._queued + len(sequences) > self.limits.max_queued:
                 raise ResourceExhausted(
                     f"{self._queued} sequences wait and {self.limits.max_queued} may (--max-queued); try again later",
                     reason="QUEUE_FULL",
                     retry_after=1.0,
                 )
+            assert all(s.request.id not in self._sequences for s in sequences), "request ids are unique"
             self._queued += len(sequences)
-            self._live += len(sequences)
-        self._post(lambda: self._admit(sequences))
+            self._sequences.update((s.request.id, s) for s in sequences)
+            # Under the lock: whoever was not refused is in the inbox before the engine is told to stop.
+            self._post(lambda: self._admit(sequences))
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests with Failed(Cancelled); those that have ended are passed over."""
@@ -145,15 +130,11 @@ class Engine:
 
     def publish(self, key: int, delta: Delta, label: str) -> Future[int]:
         """Makes a delta resident; the result is its device bytes. See `Residency.publish` for what it raises."""
-        asker: Future[int] = Future()
-        self._post(lambda: self._residency.publish(key, label, delta, asker))
-        return asker
+        return self._ask(lambda asker: self._residency.publish(key, label, delta, asker))
 
     def retire(self, key: int) -> Future[int]:
         """Frees a delta once the requests that name it have ended; the result is the bytes freed."""
-        asker: Future[int] = Future()
-        self._post(lambda: self._residency.retire(key, asker))
-        return asker
+        return self._ask(lambda asker: self._residency.retire(key, asker))
 
     def stats(self, steps: bool = False) -> EngineStats:
         """Counters as of now; those of a running step may be one step old."""
@@ -175,15 +156,29 @@ class Engine:
         )
 
     def drain(self, seconds: float) -> None:
-        """Refuses new requests, lets the others run for `seconds`, fails the rest with Unavailable, stops the thread."""
+        """Refuses new requests, lets the others run for `seconds`, fails the rest with Unavailable, ends the thread."""
         with self._lock:
-            self._draining = True
+            if self._refusal is None:
+                self._refusal = _draining
         end = time.monotonic() + seconds
-        while self._live and time.monotonic() < end and self._thread.is_alive():
+        while self._sequences and time.monotonic() < end and self._thread.is_alive():
             threading.Event().wait(0.01)
-        self._post(self._stop)
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._stop()
+        else:
+            self._post(self._stop)
             self._thread.join()
+
+    def _ask(self, work: Callable[[Future[int]], None]) -> Future[int]:
+        asker: Future[int] = Future()
+        # From here on a caller that goes away cannot cancel it: the work goes on, and its result has a place to go.
+        asker.set_running_or_notify_cancel()
+        with self._lock:
+            if self._ended:
+                asker.set_exception(Unavailable("the server is shutting down; nothing is loaded or unloaded any more"))
+            else:
+                self._post(lambda: work(asker))
+        return asker
 
     # ---- the engine's thread
 
@@ -192,18 +187,18 @@ class Engine:
         if self._settings.threads is not None:
             torch.set_num_threads(self._settings.threads)
         try:
-            while not self._stopping:
+            while not self._ended:
                 self._take_inbox()
                 self._expire()
                 batch = None if self._gathering() else self._scheduler.schedule()
                 if batch is not None:
                     self._step(batch)
-                self._flush()
-                if batch is None and not self._stopping:
+                self._outbox.flush()
+                if batch is None and not self._ended:
                     self._wait()
         except BaseException as error:
             log.exception("the engine's thread died")
-            self._abandon(Internal("the engine stopped on a bug; the server's log says why", reason="ENGINE_DIED"))
+            self._bury()
             self.failure.set_exception(error)
         else:
             self.failure.set_result(None)
@@ -292,11 +287,11 @@ class Engine:
         if token is not None:
             sequence.output.append(token)
             sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        ids = () if token is None else (token,)
-        if ids or outcome.positions:
-            self._emit(sequence, Tokens(request.id, ids, outcome.logprobs, outcome.positions))
+        sequence.prompt_positions += outcome.positions
         if token is None:
             return
+        positions, sequence.prompt_positions = tuple(sequence.prompt_positions), []
+        self._outbox.put(sequence, Tokens(request.id, (token,), outcome.logprobs, positions))
         long_enough = len(sequence.output) >= max(sampling.min_new_tokens, 1)
         if long_enough and (token in sampling.end_ids or token in sampling.stop_ids):
             self._end(sequence, Finished(request.id, FinishReason.STOP))
@@ -312,7 +307,6 @@ class Engine:
 
     def _admit(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            self._sequences[sequence.request.id] = sequence
             if sequence.request.delta is not None:
                 self._residency.use(sequence.request.delta.key, 1)
         self._scheduler.add(sequences)
@@ -340,17 +334,15 @@ class Engine:
         """The one way out: KV, pin, use and queue entry are given back here and nowhere else."""
         request = sequence.request
         self._leave_queue((sequence,))
-        with self._lock:
-            self._live -= 1
         self._scheduler.remove(sequence)
-        del self._sequences[request.id]
         if sequence.place is not None:
             self._residency.unpin(sequence.place)
             sequence.place = None
         if request.delta is not None:
             self._residency.use(request.delta.key, -1)
             self._residency.forget((request.delta.key,))
-        self._emit(sequence, event)
+        del self._sequences[request.id]
+        self._outbox.put(sequence, event)
 
     def _leave_queue(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -359,41 +351,41 @@ class Engine:
                 with self._lock:
                     self._queued -= 1
 
-    def _emit(self, sequence: Sequence, event: Event) -> None:
-        self._outbox.setdefault(id(sequence.emit), (sequence.emit, []))[1].append(event)
-
-    def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, {}
-        for emit, events in outbox.values():
-            try:
-                emit(events)
-            except Exception:
-                # A caller's event loop may be closed by now; its requests end all the same.
-                log.exception("events could not be handed over")
-
     def _stop(self) -> None:
-        self._abandon(Unavailable("the server is shutting down; this request was not finished"))
+        if self._ended:
+            return
+        with self._lock:
+            self._ended = True
+        self._take_inbox()  # nothing comes after this but what the loader has to say
+        error = Unavailable("the server is shutting down; this request was not finished")
+        self._mark(tuple(self._sequences), error)
+        self._outbox.flush()  # before the loader is waited for: it may be reading from a slow disk
         self._residency.stop()
         self._take_inbox()
-        self._stopping = True
+        self._outbox.flush()
 
-    def _abandon(self, error: DeltaserveError) -> None:
+    def _bury(self) -> None:
+        """Tells everybody after the thread died. The books may be what broke, so none are kept here."""
+        with self._lock:
+            self._ended = True
+            self._refusal = _dead
         for sequence in list(self._sequences.values()):
-            self._end(sequence, Failed(sequence.request.id, error))
-        self._flush()
+            self._outbox.put(sequence, Failed(sequence.request.id, _dead()))
+        self._sequences.clear()
+        self._outbox.flush()
+        for last in (self._take_inbox, self._residency.stop):
+            try:
+                last()
+            except Exception:
+                log.exception("the engine's thread could not end in order")
 
     def _post(self, call: Callable[[], None]) -> None:
         self._inbox.put(call)
 
 
-def _limits(backbone: Backbone, settings: EngineSettings) -> Limits:
-    positions = backbone.spec.max_positions
-    length = settings.max_model_len or backbone.default_length
-    if positions is not None and length > positions:
-        raise InvalidArgument(
-            f"--max-model-len {length}: this backbone has {positions} positions", field="max_model_len"
-        )
-    # What is not chunkable must fit one forward beside the rows that decode.
-    least = min(length, _LONGEST_WHOLE) + 1 + settings.max_running
-    rows = max(settings.max_batch_tokens or _BATCH_TOKENS, least)
-    return Limits(length, rows, settings.max_running, settings.max_queued)
+def _draining() -> DeltaserveError:
+    return Unavailable("the server is shutting down; send this request to another one")
+
+
+def _dead() -> DeltaserveError:
+    return Internal("the engine stopped on a bug; the server's log says why", reason="ENGINE_DIED")

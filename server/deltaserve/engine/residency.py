@@ -12,7 +12,7 @@ import torch
 
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.delta import Delta
-from deltaserve.errors import DeltaserveError, FailedPrecondition, Internal, ResourceExhausted
+from deltaserve.errors import DeltaserveError, FailedPrecondition, Internal, ResourceExhausted, Unavailable
 from deltaserve.pool.pool import Pool, Resident
 
 log = logging.getLogger(__name__)
@@ -100,12 +100,14 @@ class Residency:
         self._free_if_unused(key)
 
     def stop(self) -> None:
-        """Ends the loader; loads that wait for room or bytes fail."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        """Ends the loader; loads under way fail, and so does a retirement that still waits for requests."""
         for load in list(self._loads.values()):
-            self._fail(load, Internal("the server stopped while this delta was loading", reason="STOPPED"))
-        for key in list(self._retiring):
-            self._free_if_unused(key)
+            self._fail(load, Unavailable("the server stopped while this delta was loading"))
+        for askers in self._retiring.values():
+            for asker in askers:
+                asker.set_exception(Unavailable("the server stopped while requests still named this delta"))
+        self._retiring.clear()
+        self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, load: _Load) -> None:
         def read() -> None:
@@ -152,11 +154,19 @@ class Residency:
                 copied = self._pool.copy(place, delta)
         except Exception as error:
             typed = _typed(error, load.label)
-            self._post(lambda: (self._pool.release(place), self._fail(load, typed))[1])
+            self._post(lambda: self._give_up(load, place, typed))
         else:
             self._post(lambda: self._publish(load, place, copied))
 
+    def _give_up(self, load: _Load, place: Resident, error: DeltaserveError) -> None:
+        self._pool.release(place)
+        if self._loads.get(load.key) is load:
+            self._fail(load, error)
+
     def _publish(self, load: _Load, place: Resident, copied: Delta) -> None:
+        if self._loads.get(load.key) is not load:  # it was failed when the engine stopped
+            self._pool.release(place)
+            return
         with torch.inference_mode():
             self._backbone.install(place.slot, copied)
         self._pool.publish(place, copied)

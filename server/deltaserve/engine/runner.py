@@ -1,5 +1,6 @@
 """One batch through the backbone: plan, forward, tokens, rows. The only caller of the backbone's forward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ class Runner:
         return outcomes
 
 
-_EMBED = {
+_EMBED: dict[Pooling, Callable[[torch.Tensor, int], torch.Tensor]] = {
     Pooling.MEAN: lambda rows, prompt: rows[prompt:].float().mean(0),
     Pooling.CLS: lambda rows, _: rows[0],
     Pooling.LAST: lambda rows, _: rows[-1],

@@ -34,12 +34,13 @@ def choose(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
 
 
 def logprobs(logits: torch.Tensor, chosen: Rows[int], top: int) -> list[PositionLogprobs]:
-    """What each chosen token's probability was, and the `top` most likely ones. logits [n, vocabulary]."""
+    """What each chosen token's probability was, and the `top` most likely ones, or all. logits [n, vocabulary]."""
     scores = torch.log_softmax(logits.float(), -1)
     index = torch.tensor(chosen, device=scores.device).unsqueeze(1)
     own = scores.gather(1, index)
     ranks = _ints((scores > own).sum(-1) + 1)
     values = own.squeeze(1).tolist()
+    top = min(top, scores.shape[-1])
     best_values, best_ids = scores.topk(top, -1) if top else (scores[:, :0], scores[:, :0].long())
     tops = zip(best_values.tolist(), best_ids.tolist(), strict=True)
     return [
@@ -80,7 +81,9 @@ def _penalised(scores: torch.Tensor, sequences: Rows[Sequence], samplings: Rows[
         scores[at] = values - torch.tensor(shifts, device=scores.device)
     for row, (sequence, s) in enumerate(zip(sequences, samplings, strict=True)):
         if len(sequence.output) < s.min_new_tokens:
-            scores[row, list(s.end_ids | s.stop_ids)] = -math.inf
+            # An end token of the config may lie outside of a cut vocabulary.
+            banned = [token for token in s.end_ids | s.stop_ids if token < scores.shape[-1]]
+            scores[row, banned] = -math.inf
     return scores
 
 
@@ -89,7 +92,7 @@ def _draw(scores: torch.Tensor, samplings: Rows[Sampling], sequences: Rows[Seque
         return torch.tensor(values, device=scores.device, dtype=torch.float32).unsqueeze(1)
 
     vocabulary = scores.shape[-1]
-    ordered, ids = (scores / column([s.temperature for s in samplings])).sort(-1, descending=True, stable=True)
+    ordered, ids = torch.sort(scores / column([s.temperature for s in samplings]), dim=-1, descending=True, stable=True)
     ranks = torch.arange(vocabulary, device=scores.device)
     kept = torch.where(ranks < column([s.top_k or vocabulary for s in samplings]), ordered, -math.inf)
     probabilities = kept.softmax(-1)
@@ -104,7 +107,8 @@ def _draw(scores: torch.Tensor, samplings: Rows[Sampling], sequences: Rows[Seque
     at = (mass <= points * mass[:, -1:]).sum(-1, keepdim=True)
     # What stays is a leading run; rounding may not carry a point past its end.
     at = torch.minimum(at, stays.sum(-1, keepdim=True) - 1)
-    return ids.gather(1, at).squeeze(1)
+    picked: torch.Tensor = ids.gather(1, at).squeeze(1)
+    return picked
 
 
 def _uniform(sequence: Sequence) -> float:

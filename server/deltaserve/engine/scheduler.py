@@ -89,11 +89,7 @@ class Scheduler:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        for extents, name in ((self._self, "self_start"), (self._memory, "memory_start")):
-            start = getattr(sequence, name)
-            if start is not None:
-                extents.give(start)
-                setattr(sequence, name, None)
+        self._give_back(sequence)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether an empty server could run it at all."""
@@ -117,7 +113,7 @@ class Scheduler:
             if budget <= 0 or len(self._running) >= self._limits.max_running:
                 break
             need = sequence.input_rows + sequence.decoder_rows
-            if need > budget and not (sequence.chunkable and not prefill):
+            if need > budget and not sequence.chunkable:
                 break
             if not self._acquire(sequence):
                 continue
@@ -136,6 +132,7 @@ class Scheduler:
         )
 
     def _reserve(self, sequence: Sequence) -> bool:
+        """Both extents or none: half of one, held by a sequence that waits, could block those before it for ever."""
         wants = (
             (self._self, "self_start", sequence.self_tokens),
             (self._memory, "memory_start", sequence.memory_tokens),
@@ -144,6 +141,14 @@ class Scheduler:
             if tokens and getattr(sequence, name) is None:
                 start = extents.take(tokens)
                 if start is None:
+                    self._give_back(sequence)
                     return False
                 setattr(sequence, name, start)
         return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        for extents, name in ((self._self, "self_start"), (self._memory, "memory_start")):
+            start = getattr(sequence, name)
+            if start is not None:
+                extents.give(start)
+                setattr(sequence, name, None)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from deltaserve.backbone.families import Shape
-from deltaserve.engine.request import Emit, Job, Request
+from deltaserve.engine.request import Emit, Job, PositionLogprobs, Request
 from deltaserve.pool.pool import Resident
 
 
@@ -13,7 +13,8 @@ class Sequence:
 
     `computed`: input rows done. `output`: tokens generated. `self_start` and `memory_start`: extents in the KV cache,
     None while there is none. `place`: the pinned delta, None for the bare backbone or while it waits. `queued`: counts
-    against the limit of those that wait. `counts`: how often each token is in `output`.
+    against the limit of those that wait. `counts`: how often each token is in `output`. `prompt_positions`: the input's
+    log-probabilities, gathered over its chunks.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class Sequence:
     place: Resident | None = None
     queued: bool = True
     counts: dict[int, int] = field(default_factory=dict)
+    prompt_positions: list[PositionLogprobs] = field(default_factory=list)
 
     @property
     def encoder_decoder(self) -> bool:
