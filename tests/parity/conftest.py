@@ -96,12 +96,18 @@ FAMILIES = {
 Make = Callable[[Family], Any]
 
 
-def _lora(**told: Any) -> Make:
+def _tuner(word: str, **told: Any) -> Make:
+    """`peft.<word>Config`; a callable is given the family."""
+
     def make(family: Family) -> Any:
-        chosen = {"r": 4, "lora_alpha": 6, "target_modules": list(family.linears[:2])} | told
-        return peft.LoraConfig(**{key: v(family) if callable(v) else v for key, v in chosen.items()})
+        chosen = {"target_modules": list(family.linears[:2])} | told
+        return getattr(peft, f"{word}Config")(**{key: v(family) if callable(v) else v for key, v in chosen.items()})
 
     return make
+
+
+def _lora(**told: Any) -> Make:
+    return _tuner("Lora", **({"r": 4, "lora_alpha": 6} | told))
 
 
 def _ia3(family: Family) -> Any:
@@ -122,6 +128,19 @@ METHODS: Mapping[str, Make] = {
     "lora-own-bias": _lora(lora_bias=True),
     "lora-bias-only": _lora(bias="lora_only"),
     "lora-bias-all": _lora(bias="all", target_modules=lambda f: list(f.linears)),
+    "dora": _lora(use_dora=True, target_modules=lambda f: list(f.linears)),
+    "dora-bias": _lora(use_dora=True, bias="lora_only"),
+    "pissa": _lora(init_lora_weights="pissa"),
+    "adalora": _tuner("AdaLora", init_r=5, target_r=3, lora_alpha=7, total_step=10),
+    "vera": _tuner("Vera", r=6, target_modules=lambda f: list(f.linears)),
+    "vera-drawn": _tuner("Vera", r=6, save_projection=False, projection_prng_key=5),
+    "pvera": _tuner("Pvera", r=4),
+    "vblora": _tuner("VBLoRA", r=3, num_vectors=8, vector_length=8, topk=2),
+    "vblora-topk": _tuner("VBLoRA", r=3, num_vectors=8, vector_length=8, topk=3, save_only_topk_weights=True),
+    "gralora": _tuner("Gralora", r=4, gralora_k=2, alpha=6),
+    "gralora-hybrid": _tuner("Gralora", r=4, gralora_k=2, alpha=6, hybrid_r=2),
+    "fourierft": _tuner("FourierFT", n_frequency=60, scaling=30.0),
+    "hira": _tuner("Hira", r=4),
     "ia3": _ia3,
     "prefix": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=5, **f.prefix),
     "prefix-projected": lambda f: peft.PrefixTuningConfig(
@@ -130,6 +149,21 @@ METHODS: Mapping[str, Make] = {
     "prompt": lambda f: peft.PromptTuningConfig(num_virtual_tokens=6),
     "p-tuning": lambda f: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
 }
+LINEAR_ONLY: Mapping[str, Make] = {
+    "kasa": _lora(kasa_config=lambda f: peft.KasaConfig()),
+    "delora": _tuner("Delora", r=4),
+    "hra": _tuner("HRA", r=4),
+    "hra-orthogonal": _tuner("HRA", r=4, apply_GS=True),
+    "miss": _tuner("Miss", r=4),
+    "miss-bat": _tuner("Miss", r=4, init_weights="bat"),
+    "miss-mini": _tuner("Miss", r=4, mini_r=4, init_weights="mini"),
+    "loha": _tuner("LoHa", r=3, alpha=40),
+    "loha-small": _tuner("LoHa", r=2, alpha=40),
+    "lokr": _tuner("LoKr", r=2, alpha=5),
+    "lokr-both": _tuner("LoKr", r=1, alpha=2, decompose_both=True, decompose_factor=4),
+    "c3a": _tuner("C3A", block_size=8),
+}
+"""PEFT does these at nn.Linear alone, so not on GPT-2."""
 GENERATING: Mapping[str, Make] = {
     "lora-lm-head": _lora(target_modules=lambda f: [f.linears[0], "lm_head"]),
     "lora-saved-head": _lora(modules_to_save=["lm_head"]),
@@ -160,7 +194,11 @@ class Case:
 def cases(family: str) -> list[Case]:
     """Every delta that is tried on a family."""
     row = FAMILIES[family]
-    methods = list(METHODS) + (list(GENERATING) if row.task != "FEATURE_EXTRACTION" else [])
+    methods = (
+        list(METHODS)
+        + (list(LINEAR_ONLY) if family != "gpt2" else [])
+        + (list(GENERATING) if row.task != "FEATURE_EXTRACTION" else [])
+    )
     plain = [Case(family, method, row.task) for method in methods]
     headed = [
         Case(family, method, task)
@@ -183,6 +221,8 @@ def drawn(model: torch.nn.Module, seed: int, trainable: bool = False) -> None:
             noise = torch.randn(parameter.shape, generator=random)
             if "ia3_l" in name or (("norm" in name.lower() or "ln_" in name) and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * noise)
+            elif parameter.numel() == 1:  # DeLoRA's bound
+                parameter.fill_(6.0)
             elif parameter.ndim == 1:
                 parameter.copy_(0.2 * noise)
             elif "embed" in name or "shared" in name or "wte" in name or "wpe" in name or "prompt" in name:
@@ -211,7 +251,7 @@ def tuned(case: Case, backbone_folder: Path) -> Any:
         auto = getattr(transformers, HEADS.get(case.task, family.auto))
         told = {"num_labels": LABELS} if case.task in HEADS else {}
         model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=torch.float32, **told)
-        config = (METHODS | GENERATING)[case.method](family)
+        config = (METHODS | LINEAR_ONLY | GENERATING)[case.method](family)
         config.task_type = case.task
         made = peft.get_peft_model(model, config)
         drawn(made, SEED + sum(map(ord, case.name)), trainable=True)
@@ -331,7 +371,18 @@ def server(prepared: Callable[[str], Prepared]) -> Iterator[Callable[[str], str]
 def launched(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`deltaserve serve` on free ports; returns when it says that it is ready."""
     words = ["serve", str(folder / "backbone"), "--delta-root", str(folder / "deltas"), "--dtype", "float32"]
-    words += ["--device", "cpu", "--threads", "1", "--kv-bytes", "32MiB", "--pool-bytes", "32MiB"]
+    words += [
+        "--max-running",
+        "256",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--kv-bytes",
+        "32MiB",
+        "--pool-bytes",
+        "32MiB",
+    ]
     words += ["--grpc-port", "0", "--metrics-port", "0", "--batch-wait-ms", "200", "--log-format", "json"]
     log = folder / "server.log"
     with log.open("wb") as out:

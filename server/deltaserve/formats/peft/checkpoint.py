@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from deltaserve.deltas.sites import BackboneSpec, Site, SiteType
+from deltaserve.deltas.sites import BackboneSpec
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.wanted import Wanted
@@ -44,6 +44,7 @@ class Checkpoint:
         self.wanted = wanted
         self.folder = folder
         self.warnings: list[str] = []
+        """What the operator should know; see `warn`."""
         self.taken = 0
         self._tensors = folder.tensors()
         self._left: dict[str, str] = {}
@@ -56,7 +57,11 @@ class Checkpoint:
             self._left[name.removeprefix(start)] = name
         self._bare = self._saved_without_prefix()
         if self._bare:
-            self._left = {self._canonical(short): name for short, name in self._left.items()}
+            known = {name.removeprefix(backbone.prefix + ".").partition(".")[0] for name in backbone.modules}
+            self._left = {
+                self._canonical(short) if short.partition(".")[0] in known else short: name
+                for short, name in self._left.items()
+            }
         self._warn_of_another_backbone()
 
     @property
@@ -75,17 +80,6 @@ class Checkpoint:
         """The checkpoint's name of a canonical module."""
         return module.removeprefix(self.backbone.prefix + ".") if self._bare else module
 
-    def linear(self, module: str, what: str) -> Site:
-        """The site of a targeted linear or Conv1D. Raises BadCheckpoint for anything else."""
-        site = self.backbone.sites.get(module)
-        if site is None or site.type not in (SiteType.LINEAR, SiteType.CONV1D):
-            kind = "no linear layer" if site is None else f"of type {site.type}"
-            raise BadCheckpoint(
-                f"{what} is targeted at {module!r}, which is {kind} here; this release serves it at linear layers",
-                metadata={"module": module},
-            )
-        return site
-
     def has(self, name: str) -> bool:
         """Whether a tensor is there that nobody has taken."""
         return name in self._left
@@ -94,8 +88,33 @@ class Checkpoint:
         """Tensors left at a module or below."""
         return tuple(name for name in self._left if name.startswith(module + "."))
 
+    def warn(self, text: str) -> None:
+        """Adds a warning, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor [shape], contiguous, in its file's dtype (float64 as float32). Raises BadCheckpoint."""
+        tensor = self._take(name, shape)
+        if tensor.dtype is torch.float64:
+            tensor = tensor.float()
+        if tensor.dtype not in _FLOATS:
+            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; a float type is expected")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadCheckpoint(f"tensor {name!r} holds NaN or infinite numbers", metadata={"tensor": name})
+        return tensor.contiguous()
+
+    def integers(self, name: str, shape: tuple[int, ...], below: int) -> torch.Tensor:
+        """Whole numbers from 0, int64 [shape]. Raises BadCheckpoint."""
+        tensor = self._take(name, shape)
+        if tensor.dtype.is_floating_point or tensor.dtype is torch.bool:
+            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; whole numbers are expected")
+        tensor = tensor.long().contiguous()
+        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= below):
+            raise BadCheckpoint(f"tensor {name!r} holds numbers that are not from 0 to {below - 1}")
+        return tensor
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._left:
             raise BadCheckpoint(f"tensor {name!r} is missing; its module is targeted", metadata={"tensor": name})
         found = self.shape(name)
@@ -104,15 +123,8 @@ class Checkpoint:
                 f"tensor {name!r} has shape {list(found)}; this backbone and the config make it {list(shape)}",
                 metadata={"tensor": name, "shape": str(list(found)), "expected": str(list(shape))},
             )
-        tensor = self._tensors.get(self._left.pop(name))
-        if tensor.dtype is torch.float64:
-            tensor = tensor.float()
-        if tensor.dtype not in _FLOATS:
-            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; a float type is expected")
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadCheckpoint(f"tensor {name!r} holds NaN or infinite numbers", metadata={"tensor": name})
         self.taken += 1
-        return tensor.contiguous()
+        return self._tensors.get(self._left.pop(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor that is left, without reading it."""
@@ -158,4 +170,4 @@ class Checkpoint:
             return
         theirs, ours = (text.rstrip("/").rpartition("/")[2].lower() for text in (base, self.backbone.name))
         if theirs != ours:
-            self.warnings.append(f"made for {base[:200]!r}; this backbone is {self.backbone.name!r}")
+            self.warn(f"made for {base[:200]!r}; this backbone is {self.backbone.name!r}")

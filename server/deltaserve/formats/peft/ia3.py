@@ -5,7 +5,7 @@ from deltaserve.deltas.sites import Weights
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.matching import Patterns, targeted
+from deltaserve.formats.peft.targets import Target, each
 
 OPTIONS = options.Options(
     used=frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),
@@ -15,26 +15,20 @@ OPTIONS = options.Options(
 
 def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """y = l ⊙ (x Wᵀ + b), the bias included; at feed-forward modules y = (x ⊙ l) Wᵀ + b."""
-    del weights
-    draft.kind("ia3")
-    config, patterns = checkpoint.config, Patterns()
-    forward = options.names(config, "feedforward_modules") or ()
-    matched = targeted(config, checkpoint.modules, patterns)
-    checkpoint.warnings.extend(f"target_modules entry {entry!r} matches no module here" for entry in matched.idle)
-    for own in matched.modules:
-        module = checkpoint.name(own)
-        if checkpoint.may_lack(module):
-            continue
-        site = checkpoint.linear(module, "IA³")
-        name = f"{module}.ia3_l"
-        if _feeds_forward(forward, own, patterns):
-            draft.put(module, Affine(in_scale=checkpoint.take(name, (1, site.in_features)).flatten()))
+    forward = options.names(checkpoint.config, "feedforward_modules") or ()
+
+    def one(target: Target, _: Weights) -> None:
+        if _feeds_forward(forward, target):
+            part = Affine(in_scale=target.take("ia3_l", 1, target.inputs).flatten())
         else:
-            draft.put(module, Affine(scale=checkpoint.take(name, (site.out_features, 1)).flatten()))
+            part = Affine(scale=target.take("ia3_l", target.outputs, 1).flatten())
+        draft.put(target.name, part)
+
+    each("ia3", one)(checkpoint, draft, weights)
 
 
-def _feeds_forward(wanted: str | tuple[str, ...], module: str, patterns: Patterns) -> bool:
+def _feeds_forward(wanted: str | tuple[str, ...], target: Target) -> bool:
     """PEFT asks whether the name ends with an entry, and does not ask for a dot before it."""
     if isinstance(wanted, str):
-        return patterns.full(wanted, module, "feedforward_modules") is not None
-    return module.endswith(wanted)
+        return target.patterns.full(wanted, target.own, "feedforward_modules") is not None
+    return target.own.endswith(wanted)

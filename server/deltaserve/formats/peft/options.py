@@ -90,11 +90,9 @@ def indices(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a whole number or a list of them is expected")
 
 
-def ranks(config: Mapping[str, Any], key: str) -> dict[str, int]:
-    """Whole numbers by pattern. Raises BadCheckpoint."""
-    return {
-        pattern: _integer(value, f"{key}[{pattern!r}]", MOST_RANK) for pattern, value in _table(config, key).items()
-    }
+def ranks(config: Mapping[str, Any], key: str, most: int = MOST_RANK) -> dict[str, int]:
+    """Whole numbers from 1 by pattern. Raises BadCheckpoint."""
+    return {pattern: _integer(value, f"{key}[{pattern!r}]", most) for pattern, value in _table(config, key).items()}
 
 
 def numbers(config: Mapping[str, Any], key: str) -> dict[str, float]:

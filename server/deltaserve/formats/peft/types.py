@@ -8,13 +8,15 @@ from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
 from deltaserve.errors import FailedPrecondition, InvalidArgument
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.peft import heads, ia3, lora, prompts
+from deltaserve.formats.peft import dense, heads, ia3, lora, lowrank, prompts, shared
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import Options
 from deltaserve.formats.wanted import Wanted
 
 _TUNER = ("base_model.model.",)
+_SHARED = ("base_model.model.", "base_model.")
+"""Tensors that modules share hang on the tuner itself."""
 _PROMPT = ("base_model.", "")
 """Heads beside a prompt hang on the model itself, and the prompt on nothing."""
 
@@ -31,12 +33,30 @@ class Type:
 TYPES: Mapping[str, Type] = {
     "LORA": Type(lora.OPTIONS, lora.lower),
     "IA3": Type(ia3.OPTIONS, ia3.lower),
+    "ADALORA": Type(lowrank.ADALORA_OPTIONS, lowrank.adalora),
+    "DELORA": Type(lowrank.DELORA_OPTIONS, lowrank.delora),
+    "GRALORA": Type(lowrank.GRALORA_OPTIONS, lowrank.gralora),
+    "HRA": Type(lowrank.HRA_OPTIONS, lowrank.hra),
+    "MISS": Type(lowrank.MISS_OPTIONS, lowrank.miss),
+    "VERA": Type(shared.VERA_OPTIONS, shared.vera, _SHARED),
+    "PVERA": Type(shared.PVERA_OPTIONS, shared.pvera, _SHARED),
+    "VBLORA": Type(shared.VBLORA_OPTIONS, shared.vblora, _SHARED),
+    "LOHA": Type(dense.LOHA_OPTIONS, dense.loha),
+    "LOKR": Type(dense.LOKR_OPTIONS, dense.lokr),
+    "FOURIERFT": Type(dense.FOURIERFT_OPTIONS, dense.fourierft),
+    "C3A": Type(dense.C3A_OPTIONS, dense.c3a),
+    "HIRA": Type(dense.HIRA_OPTIONS, dense.hira),
     "PREFIX_TUNING": Type(prompts.PREFIX_OPTIONS, prompts.lower_prefix, _PROMPT),
     "PROMPT_TUNING": Type(prompts.PROMPT_OPTIONS, prompts.lower_prompt, _PROMPT),
     "P_TUNING": Type(prompts.P_TUNING_OPTIONS, prompts.lower_prompt, _PROMPT),
 }
 
-KINDS = ("lora", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning", "bias", "head", "selective-module")
+KINDS = (
+    *("lora", "dora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
+    *("loha", "lokr", "fourierft", "c3a", "hira", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning"),
+    *("bias", "head", "selective-module"),
+)
+"""What a delta may say it is: its methods first, what goes with them after."""
 
 
 def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Wanted) -> Delta:

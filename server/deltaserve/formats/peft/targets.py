@@ -1,0 +1,127 @@
+"""The modules that a checkpoint targets, one by one; what every tuner has in common."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltaserve.deltas.sites import Site, SiteType, Weights
+from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.formats.peft import options
+from deltaserve.formats.peft.checkpoint import Checkpoint
+from deltaserve.formats.peft.draft import Draft
+from deltaserve.formats.peft.matching import Patterns, targeted
+
+
+@dataclass(frozen=True)
+class Target:
+    """One targeted linear layer. `own` is the checkpoint's name for it, which its config's patterns are about."""
+
+    checkpoint: Checkpoint
+    draft: Draft
+    patterns: Patterns
+    own: str
+    name: str
+    site: Site
+
+    @property
+    def inputs(self) -> int:
+        return self.site.in_features
+
+    @property
+    def outputs(self) -> int:
+        return self.site.out_features
+
+    def has(self, part: str) -> bool:
+        return self.checkpoint.has(f"{self.name}.{part}")
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Of a tensor that may be missing: then ()."""
+        return self.checkpoint.shape(f"{self.name}.{part}") if self.has(part) else ()
+
+    def take(self, part: str, *shape: int) -> torch.Tensor:
+        """A tensor of this module as it is in the file; see `Checkpoint.take`."""
+        return self.checkpoint.take(f"{self.name}.{part}", shape)
+
+    def number(self, part: str, *shape: int) -> torch.Tensor:
+        """The same in fp32, for arithmetic."""
+        return self.take(part, *shape).float()
+
+    def setting(self, table: dict[str, Any], key: str, otherwise: Any) -> Any:
+        """What a config's table of patterns says of this module."""
+        found = self.patterns.first(table, self.own, key)
+        return otherwise if found is None else found
+
+
+Lower = Callable[[Checkpoint, Draft, Weights], None]
+Each = Callable[[Target, Weights], None]
+
+
+def each(kind: str, lower: Each, word: str = "") -> Lower:
+    """A tuner that treats each targeted module alike. With `word`, its `bias` may be none, all or `<word>_only`."""
+
+    def whole(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
+        draft.kind(kind)
+        found = list(targets(checkpoint, draft))
+        for target in found:
+            lower(target, weights)
+        biases(checkpoint, draft, found, word)
+
+    return whole
+
+
+def targets(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
+    """In the model's order. Raises BadCheckpoint where nothing is targeted, or what is no linear layer."""
+    patterns = Patterns()
+    matched = targeted(checkpoint.config, checkpoint.modules, patterns)
+    for entry in matched.idle:
+        checkpoint.warn(f"target_modules entry {entry!r} matches no module here")
+    for own in matched.modules:
+        module = checkpoint.name(own)
+        if not checkpoint.may_lack(module):
+            yield Target(checkpoint, draft, patterns, own, module, _linear(checkpoint, module))
+
+
+def biases(checkpoint: Checkpoint, draft: Draft, found: list[Target], word: str) -> None:
+    """Trained biases: a checkpoint holds them whole, a delta holds the difference to the backbone's."""
+    if not word:
+        return
+    which = options.choice(checkpoint.config, "bias", ("none", "all", f"{word}_only"))
+    if which == "none":
+        return
+    for target in found:
+        if target.site.bias is not None:
+            _bias(checkpoint, draft, target.name, f"{target.name}.base_layer.bias")
+    if which == "all":
+        for name in checkpoint.backbone.sites:
+            if checkpoint.has(f"{name}.bias"):
+                _bias(checkpoint, draft, name, f"{name}.bias")
+
+
+def _bias(checkpoint: Checkpoint, draft: Draft, module: str, name: str) -> None:
+    before = checkpoint.backbone.sites[module].bias
+    if before is None:
+        raise BadCheckpoint(f"tensor {name!r} is a bias, and {module!r} has none here", metadata={"tensor": name})
+    after = checkpoint.take(name, tuple(before.shape)).float()
+    if not torch.equal(after, before):
+        draft.kind("bias")
+        draft.shift(module, after - before)
+
+
+def _linear(checkpoint: Checkpoint, module: str) -> Site:
+    site = checkpoint.backbone.sites.get(module)
+    kind = None if site is None else site.type
+    if site is None or kind not in (SiteType.LINEAR, SiteType.CONV1D, SiteType.EMBEDDING):
+        what = "no layer with weights" if kind is None else f"of type {kind}"
+        raise BadCheckpoint(
+            f"config key 'target_modules' means {module!r}, which is {what} here; linear layers can be targeted",
+            metadata={"module": module},
+        )
+    if kind is SiteType.EMBEDDING:
+        raise FailedPrecondition(
+            f"config key 'target_modules' means the embedding {module!r}; this release serves linear layers",
+            reason="OPTION_NOT_SERVED",
+            metadata={"key": "target_modules", "module": module},
+        )
+    return site
