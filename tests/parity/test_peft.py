@@ -7,33 +7,33 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from methods import HEADS, Case
+from reference import NEW_TOKENS, Prepared, inputs
 
 from deltaserve_client import AsyncClient, Client
 from deltaserve_kernels.testing import error_ratio
 
-FAMILIES = ("t5", "flan-t5", "bert", "gpt2", "llama")
 TOLERANCE = 1e-5
 MOVED = 1e-2
-NEW_TOKENS = 16
 TOP = 20
 SECONDS = 90
-HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
 Ours = tuple[list[int], torch.Tensor, torch.Tensor | None]
 """Tokens, rows, and for log-probabilities the ids [n, TOP] that the rows' numbers belong to."""
 
 
-def call(client: Any, case: Any, inputs: list[list[int]], **who: Any) -> Any:
+def call(client: Any, case: Case, ids: list[list[int]], **who: Any) -> Any:
     """The request that asks for what `answer` of conftest gives."""
     if case.task in HEADS:
-        return client.classify(inputs, scores_as="raw", timeout=SECONDS, **who)
+        return client.classify(ids, scores_as="raw", timeout=SECONDS, **who)
     if case.task == "FEATURE_EXTRACTION":
-        return client.embed(inputs, pooling="mean", normalize=False, timeout=SECONDS, **who)
+        return client.embed(ids, pooling="mean", normalize=False, timeout=SECONDS, **who)
     wanted = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": TOP}
-    return client.generate(inputs, timeout=SECONDS, **wanted, **who)
+    return client.generate(ids, timeout=SECONDS, **wanted, **who)
 
 
-def read(case: Any, result: Any) -> list[Ours]:
+def read(case: Case, result: Any) -> list[Ours]:
     if case.task == "SEQ_CLS":
         return [([], torch.tensor([one.scores]), None) for one in result.results]
     if case.task == "TOKEN_CLS":
@@ -62,7 +62,7 @@ def differ(ours: Ours, reference: tuple[list[int], torch.Tensor]) -> float:
 class Mixed:
     """Everything that was asked of a family at one time, and the steps that answered it."""
 
-    def __init__(self, prepared: Any, address: str) -> None:
+    def __init__(self, prepared: Prepared, address: str) -> None:
         self.prepared = prepared
         self.answers: dict[Any, list[Ours]] = {}
         self.bare: list[Ours] = []
@@ -75,7 +75,6 @@ class Mixed:
         return next(case for case in self.prepared.cases if case.task not in HEADS)
 
     async def _ask(self, address: str) -> None:
-        inputs: Callable[[Any], list[list[int]]] = self.prepared.inputs
         async with AsyncClient(address) as client:
             known = {delta.name async for delta in client.deltas.list()}
             for case in self.prepared.cases:
@@ -155,7 +154,7 @@ def test_alone_equals_peft(family: str, mixed: Callable[[str], Mixed], server: A
     ratios = {}
     with Client(server(family)) as client:
         for case in made.cases:
-            ours = [read(case, call(client, case, [ids], delta=case.name))[0] for ids in made.inputs(case)[:1]]
+            ours = [read(case, call(client, case, [ids], delta=case.name))[0] for ids in inputs(case)[:1]]
             ratios[case.name] = differ(ours[0], made.references[case][0])
     off = {name: ratio for name, ratio in ratios.items() if not ratio <= TOLERANCE}
     assert not off, worst(off)

@@ -45,7 +45,11 @@ class Attention:
         mask = keys > index if self.sequences.causal else torch.zeros_like(keys > index)
         if self.window is not None:
             mask = mask | (keys <= index - self.window)
-        return torch.cat((mask.new_zeros(sequence.queries, prefix), mask), 1)
+        before = mask.new_zeros(sequence.queries, prefix)
+        if self.window is not None:
+            # The prefix stands before the first token, at positions of its own.
+            before = torch.arange(prefix, device=device) <= index + prefix - self.window
+        return torch.cat((before, mask), 1)
 
 
 def reference(

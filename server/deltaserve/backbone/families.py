@@ -1,8 +1,9 @@
 """The families of backbones, one row each: what transformers' code for them does not say about itself."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from deltaserve.deltas.sites import Axis, HeadSpec, Pooling, Task
 from deltaserve.errors import FailedPrecondition
@@ -36,7 +37,8 @@ class Family:
     `axes`: (pattern, axis) for modules that do not work on `tokens` rows; the first full match wins.
     `prefix`: the task model's name for the base model. `base_only`: the base model is loaded, without its prefix.
     `head_dim` names the attribute of an attention module. `prefix_axis`: whose attentions prefix-tuning fills.
-    `prefix_pre`: see BackboneSpec. `pooler`: module that makes the pooled row, or None.
+    `prefix_pre`: see BackboneSpec. `pooler`: module that makes the pooled row, or None. `first_position`: of a text,
+    where that is not 0, by the model's config. `objection`: why a model of this type is not served after all, or None.
     """
 
     name: str
@@ -55,9 +57,61 @@ class Family:
     prefix_pre: int = 0
     absolute_positions: bool = True
     pooler: str | None = None
+    first_position: Callable[[Any], int] = lambda _: 0
+    objection: Callable[[Any], str | None] = lambda _: None
 
 
 _ALL_JOBS = frozenset({"generate", "classify", "embed", "score"})
+_SAMPLED = ((r"lm_head", Axis.SAMPLED),)
+
+
+def _decoder(name: str, *model_types: str, labels: str | None = "score", **changes: Any) -> Family:
+    """A causal model built like Llama; `labels` is the head of its token classifier, None where it has none."""
+    heads = {Task.SEQUENCE_CLASSIFICATION: HeadSpec("score", Pooling.LAST_REAL)}
+    if labels is not None:
+        heads[Task.TOKEN_CLASSIFICATION] = HeadSpec(labels, Pooling.TOKENS)
+    row: dict[str, Any] = {
+        "loader": "AutoModelForCausalLM",
+        "shape": Shape.DECODER,
+        "attentions": (AttentionRow(r"model\.layers\.\d+\.self_attn", Axis.TOKENS, causal=True, cached=True),),
+        "head_dim": "head_dim",
+        "jobs": _ALL_JOBS,
+        "prefix": "model",
+        "axes": _SAMPLED,
+        "heads": heads,
+    }
+    return Family(name=name, model_types=model_types or (name,), **(row | changes))
+
+
+def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
+    """An encoder built like BERT; `head` is that of its sequence classifier."""
+    return Family(
+        name=name,
+        model_types=(name,),
+        loader="AutoModel",
+        shape=Shape.ENCODER,
+        attentions=(
+            AttentionRow(rf"{name}\.encoder\.layer\.\d+\.attention\.self", Axis.TOKENS, causal=False, cached=False),
+        ),
+        head_dim="attention_head_size",
+        jobs=frozenset({"classify", "embed"}),
+        prefix=name,
+        base_only=True,
+        axes=((rf"{name}\.pooler\..*", Axis.POOLED),),
+        heads={
+            Task.SEQUENCE_CLASSIFICATION: head,
+            Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.TOKENS),
+        },
+        pooler=f"{name}.pooler",
+        **changes,
+    )
+
+
+def _projected(config: Any) -> str | None:
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "its embeddings are narrower than its layers (word_embed_proj_dim), as in OPT-350m"
+    return None
+
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -82,66 +136,58 @@ FAMILIES: tuple[Family, ...] = (
         prefix_pre=-1,
         absolute_positions=False,
     ),
-    Family(
-        name="bert",
-        model_types=("bert",),
-        loader="AutoModel",
-        shape=Shape.ENCODER,
-        attentions=(
-            AttentionRow(r"bert\.encoder\.layer\.\d+\.attention\.self", Axis.TOKENS, causal=False, cached=False),
-        ),
-        head_dim="attention_head_size",
-        jobs=frozenset({"classify", "embed"}),
-        prefix="bert",
-        base_only=True,
-        axes=((r"bert\.pooler\..*", Axis.POOLED),),
-        heads={
-            Task.SEQUENCE_CLASSIFICATION: HeadSpec("classifier", Pooling.POOLER),
-            Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.TOKENS),
-        },
-        pooler="bert.pooler",
+    _encoder("bert", HeadSpec("classifier", Pooling.POOLER)),
+    _encoder(
+        "roberta",
+        HeadSpec("classifier", Pooling.CLS, (("dense", "tanh"), ("out_proj", None))),
+        first_position=lambda config: int(config.pad_token_id) + 1,
     ),
-    Family(
-        name="gpt2",
-        model_types=("gpt2",),
-        loader="AutoModelForCausalLM",
-        shape=Shape.DECODER,
+    _decoder(
+        "gpt2",
+        labels="classifier",
         attentions=(AttentionRow(r"transformer\.h\.\d+\.attn", Axis.TOKENS, causal=True, cached=True),),
-        head_dim="head_dim",
-        jobs=_ALL_JOBS,
         prefix="transformer",
-        axes=((r"lm_head", Axis.SAMPLED),),
-        heads={
-            Task.SEQUENCE_CLASSIFICATION: HeadSpec("score", Pooling.LAST_REAL),
-            Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.TOKENS),
-        },
     ),
-    Family(
-        name="llama",
-        model_types=("llama",),
-        loader="AutoModelForCausalLM",
-        shape=Shape.DECODER,
-        attentions=(AttentionRow(r"model\.layers\.\d+\.self_attn", Axis.TOKENS, causal=True, cached=True),),
-        head_dim="head_dim",
-        jobs=_ALL_JOBS,
-        prefix="model",
-        axes=((r"lm_head", Axis.SAMPLED),),
-        heads={
-            Task.SEQUENCE_CLASSIFICATION: HeadSpec("score", Pooling.LAST_REAL),
-            Task.TOKEN_CLASSIFICATION: HeadSpec("score", Pooling.TOKENS),
-        },
+    _decoder("llama"),
+    _decoder("mistral"),
+    _decoder("qwen2"),
+    _decoder("qwen3"),
+    _decoder("gemma"),
+    _decoder("gemma2"),
+    _decoder("gemma3", "gemma3_text", labels=None),
+    _decoder("phi3"),
+    _decoder(
+        "opt",
+        labels=None,
+        attentions=(AttentionRow(r"model\.decoder\.layers\.\d+\.self_attn", Axis.TOKENS, causal=True, cached=True),),
+        objection=_projected,
+    ),
+    _decoder(
+        "gpt_neox",
+        labels="classifier",
+        attentions=(AttentionRow(r"gpt_neox\.layers\.\d+\.attention", Axis.TOKENS, causal=True, cached=True),),
+        head_dim="head_size",
+        prefix="gpt_neox",
     ),
 )
 
 
-def family_of(model_type: str, name: str) -> Family:
-    """The row for a config's `model_type`. Raises FailedPrecondition with the list of those that are served."""
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
-    raise FailedPrecondition(
-        f"backbone {name!r} is of type {model_type!r}, which this release does not serve; it serves {served}",
-        reason="BACKBONE_NOT_SERVED",
-        metadata={"model_type": model_type, "served": served},
-    )
+def family_of(config: Any, name: str) -> Family:
+    """The row for a transformers config. Raises FailedPrecondition with the list of those that are served."""
+    model_type = str(config.model_type)
+    family = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if family is None:
+        served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
+        raise FailedPrecondition(
+            f"backbone {name!r} is of type {model_type!r}, which this release does not serve; it serves {served}",
+            reason="BACKBONE_NOT_SERVED",
+            metadata={"model_type": model_type, "served": served},
+        )
+    objection = family.objection(config)
+    if objection is not None:
+        raise FailedPrecondition(
+            f"backbone {name!r} is of type {model_type!r}, but {objection}; this release does not serve that",
+            reason="BACKBONE_NOT_SERVED",
+            metadata={"model_type": model_type},
+        )
+    return family

@@ -29,7 +29,7 @@ def load(
     tokenizer the backbone serves token ids. Raises FailedPrecondition where it cannot be had or is not served.
     """
     config = _config(name, revision)
-    family = family_of(config.model_type, name)
+    family = family_of(config, name)
     _alone(name, config)
     place = _device(device)
     kind = _dtype(dtype, place)

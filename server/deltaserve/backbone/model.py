@@ -150,7 +150,8 @@ class Backbone:
         finally:
             self._now.plan = None
         assert isinstance(logits, torch.Tensor)
-        return logits
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _embed(self, module: torch.nn.Module, stack: Stack) -> torch.Tensor:
         embeddings = module(stack.ids)

@@ -35,6 +35,7 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         for row in family.attentions
         if row.axis is family.prefix_axis and re.fullmatch(row.pattern, path)
     )
+    first = family.first_position(config)
     limit = getattr(config, "max_position_embeddings", None) if family.absolute_positions else None
     return BackboneSpec(
         name=name,
@@ -51,7 +52,8 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         tasks=family.jobs,
         encoder_decoder=bool(config.is_encoder_decoder),
         prefix_pre=family.prefix_pre,
-        max_positions=None if limit is None else int(limit),
+        first_position=first,
+        max_positions=None if limit is None else int(limit) - first,
         labels=dict(getattr(config, "id2label", None) or {}),
         problem_type=getattr(config, "problem_type", None),
     )

@@ -10,7 +10,6 @@ import torch
 from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
 
-
 T = TypeVar("T")
 
 

@@ -85,6 +85,7 @@ class Planner:
 
     def __init__(self, backbone: Backbone) -> None:
         self._device = backbone.device
+        self._first_position = backbone.spec.first_position
         self._two_stacks = backbone.spec.encoder_decoder
         self._causal = {row.axis: row.causal for row in backbone.family.attentions}
         self._cached = {row.axis: row.cached for row in backbone.family.attentions}
@@ -190,7 +191,7 @@ class Planner:
         if self._cached[Axis.TOKENS]:
             self._cached_rows(axis, sequence, ids, chunk.start, types)
         else:
-            axis.put(sequence.slot, ids, chunk.start + sequence.position_shift, types)
+            axis.put(sequence.slot, ids, self._first_position + chunk.start + sequence.position_shift, types)
             axis.spans.append(Span(first, len(ids), 0, first, len(ids), sequence.slot, False))
 
     def _cached_rows(
@@ -199,7 +200,7 @@ class Planner:
         """Rows whose keys and values go to the sequence's extent at `index` and after; they attend to all before."""
         start, first = sequence.self_start, axis.rows
         assert start is not None
-        axis.put(sequence.slot, ids, index + sequence.position_shift, types)
+        axis.put(sequence.slot, ids, self._first_position + index + sequence.position_shift, types)
         axis.spans.append(Span(first, len(ids), index, start, index + len(ids), sequence.slot, True))
         axis.write.extend(range(start + index, start + index + len(ids)))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from deltaserve.deltas.sites import BackboneSpec
+from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.wanted import Wanted
@@ -14,15 +14,9 @@ SHOWN = 5
 """Names in one message."""
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
-_ABSENT: Mapping[str | None, frozenset[str]] = {
-    "SEQ_CLS": frozenset({"lm_head"}),
-    "TOKEN_CLS": frozenset({"lm_head", "pooler"}),
-    "FEATURE_EXTRACTION": frozenset({"lm_head"}),
-    "CAUSAL_LM": frozenset({"pooler"}),
-    "SEQ_2_SEQ_LM": frozenset(),
-}
-"""Modules outside of the layers that transformers' class for a task does not have, though the backbone may."""
-_EVERYWHERE = frozenset({"lm_head", "pooler"})
+_HEADLESS = frozenset({"SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"})
+"""Tasks whose classes have no lm_head."""
+_POOLED = {"SEQ_CLS": Task.SEQUENCE_CLASSIFICATION, "TOKEN_CLS": Task.TOKEN_CLASSIFICATION}
 
 
 class Checkpoint:
@@ -137,10 +131,16 @@ class Checkpoint:
 
     def may_lack(self, module: str) -> bool:
         """Whether the class that was trained may not have had this module, and the checkpoint has nothing for it."""
-        task = self.config.get("task_type")
-        places = _ABSENT.get(task, _EVERYWHERE) if isinstance(task, str) else _EVERYWHERE
         top = self.own(module).removeprefix(self.backbone.prefix + ".").partition(".")[0]
-        return top in places and not self.below(module)
+        task = self.config.get("task_type")
+        if top == "lm_head":
+            absent = task is None or task in _HEADLESS
+        elif top == "pooler":
+            head = self.backbone.heads.get(_POOLED[task]) if task in _POOLED else None
+            absent = task != "FEATURE_EXTRACTION" and (head is None or head.pooling is not Pooling.POOLER)
+        else:
+            absent = False
+        return absent and not self.below(module)
 
     def finish(self) -> None:
         """Raises BadCheckpoint if a tensor found no place."""

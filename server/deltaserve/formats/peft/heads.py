@@ -79,11 +79,11 @@ def _head(checkpoint: Checkpoint, spec: HeadSpec) -> Head:
         bias = checkpoint.take(f"{name}.bias", (outputs,)) if checkpoint.has(f"{name}.bias") else None
         layers.append(HeadLayer(tensor, bias, activation))
         width = outputs
-        if checkpoint.config.get("bias") == "all":
-            # PEFT also saves the wrapper's two inner copies of a head's bias; the plain name is the one that acts.
-            for inner in ("original_module", "modules_to_save", "modules_to_save.default"):
-                if checkpoint.has(f"{name}.{inner}.bias"):
-                    checkpoint.drop(f"{name}.{inner}.bias")
+    if checkpoint.config.get("bias") == "all":
+        # PEFT also saves the biases of the wrapper's two inner copies of a head; the plain names are those that act.
+        for inner in ("original_module", "modules_to_save"):
+            for copy in checkpoint.below(f"{spec.module}.{inner}"):
+                checkpoint.drop(copy)
     return Head(tuple(layers))
 
 

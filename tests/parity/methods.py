@@ -1,0 +1,127 @@
+"""PEFT's methods and options, a config each, and which of them are tried where."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+from families import FAMILIES, Family
+
+Make = Callable[[Family], Any]
+
+
+def _tuner(word: str, **told: Any) -> Make:
+    """`peft.<word>Config`; a callable is given the family."""
+
+    def make(family: Family) -> Any:
+        chosen = {"target_modules": list(family.linears[:2])} | told
+        return getattr(peft, f"{word}Config")(**{key: v(family) if callable(v) else v for key, v in chosen.items()})
+
+    return make
+
+
+def _lora(**told: Any) -> Make:
+    return _tuner("Lora", **({"r": 4, "lora_alpha": 6} | told))
+
+
+def _ia3(family: Family) -> Any:
+    return peft.IA3Config(target_modules=list(family.ia3[0]), feedforward_modules=list(family.ia3[1]))
+
+
+METHODS: Mapping[str, Make] = {
+    "lora": _lora(),
+    "lora-rslora": _lora(use_rslora=True, r=5, target_modules=lambda f: list(f.linears)),
+    "lora-patterns": _lora(
+        target_modules=lambda f: list(f.linears),
+        rank_pattern=lambda f: {f.linears[0]: 7, f.linears[-1]: 2},
+        alpha_pattern=lambda f: {f.linears[1]: 11},
+    ),
+    "lora-layers": _lora(layers_to_transform=[1]),
+    "lora-regex": _lora(target_modules=lambda f: f.deep),
+    "lora-all-linear": _lora(target_modules="all-linear", r=3),
+    "lora-own-bias": _lora(lora_bias=True),
+    "lora-bias-only": _lora(bias="lora_only"),
+    "lora-bias-all": _lora(bias="all", target_modules=lambda f: list(f.linears)),
+    "dora": _lora(use_dora=True, target_modules=lambda f: list(f.linears)),
+    "dora-bias": _lora(use_dora=True, bias="lora_only"),
+    "pissa": _lora(init_lora_weights="pissa"),
+    "adalora": _tuner("AdaLora", init_r=5, target_r=3, lora_alpha=7, total_step=10),
+    "vera": _tuner("Vera", r=6, target_modules=lambda f: list(f.linears)),
+    "vera-drawn": _tuner("Vera", r=6, save_projection=False, projection_prng_key=5),
+    "pvera": _tuner("Pvera", r=4),
+    "vblora": _tuner("VBLoRA", r=3, num_vectors=8, vector_length=8, topk=2),
+    "vblora-topk": _tuner("VBLoRA", r=3, num_vectors=8, vector_length=8, topk=3, save_only_topk_weights=True),
+    "gralora": _tuner("Gralora", r=4, gralora_k=2, alpha=6),
+    "gralora-hybrid": _tuner("Gralora", r=4, gralora_k=2, alpha=6, hybrid_r=2),
+    "fourierft": _tuner("FourierFT", n_frequency=60, scaling=30.0),
+    "hira": _tuner("Hira", r=4),
+    "ia3": _ia3,
+    "prefix": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=5, **f.prefix),
+    "prefix-projected": lambda f: peft.PrefixTuningConfig(
+        num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16, **f.prefix
+    ),
+    "prompt": lambda f: peft.PromptTuningConfig(num_virtual_tokens=6),
+    "p-tuning": lambda f: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
+}
+LINEAR_ONLY: Mapping[str, Make] = {
+    "kasa": _lora(kasa_config=lambda f: peft.KasaConfig()),
+    "delora": _tuner("Delora", r=4),
+    "hra": _tuner("HRA", r=4),
+    "hra-orthogonal": _tuner("HRA", r=4, apply_GS=True),
+    "miss": _tuner("Miss", r=4),
+    "miss-bat": _tuner("Miss", r=4, init_weights="bat"),
+    "miss-mini": _tuner("Miss", r=4, mini_r=4, init_weights="mini"),
+    "loha": _tuner("LoHa", r=3, alpha=40),
+    "loha-small": _tuner("LoHa", r=2, alpha=40),
+    "lokr": _tuner("LoKr", r=2, alpha=5),
+    "lokr-both": _tuner("LoKr", r=1, alpha=2, decompose_both=True, decompose_factor=4),
+    "c3a": _tuner("C3A", block_size=8),
+}
+"""PEFT does these at nn.Linear alone, so not on GPT-2."""
+GENERATING: Mapping[str, Make] = {
+    "lora-lm-head": _lora(target_modules=lambda f: [f.linears[0], "lm_head"]),
+    "lora-saved-head": _lora(modules_to_save=["lm_head"]),
+}
+HEADED = ("lora", "lora-bias-all", "ia3", "prefix", "prompt")
+HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+NO_TOKEN_HEAD = ("gemma3", "opt")
+"""transformers has no class for it."""
+ENCODERS = ("bert", "roberta")
+FEW = ("lora-all-linear", "dora", "lora-bias-all", "ia3", "prefix", "prompt", "lora-lm-head")
+"""What is tried on a family that another one much like it covers in full."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One delta; `task` is PEFT's task_type."""
+
+    family: str
+    method: str
+    task: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}.{self.task.lower().replace('_', '-')}"
+
+
+def cases(family: str) -> list[Case]:
+    """Every delta that is tried on a family."""
+    row = FAMILIES[family]
+    methods = [*METHODS, *(LINEAR_ONLY if family != "gpt2" else ()), *(GENERATING if family not in ENCODERS else ())]
+    plain = [Case(family, method, row.task) for method in methods if method in FEW or not row.few]
+    tasks = () if row.encoder_decoder else ("SEQ_CLS",) if family in NO_TOKEN_HEAD else ("SEQ_CLS", "TOKEN_CLS")
+    headed = [
+        Case(family, method, task)
+        for task in tasks
+        for method in HEADED
+        # PEFT cannot give a prompt to transformers' token classifiers of decoders.
+        if family in ENCODERS or (task, method) != ("TOKEN_CLS", "prompt")
+    ]
+    return plain + headed
+
+
+def config(case: Case) -> Any:
+    """PEFT's config of a case."""
+    made = (METHODS | LINEAR_ONLY | GENERATING)[case.method](FAMILIES[case.family])
+    made.task_type = case.task
+    return made

@@ -1,0 +1,153 @@
+"""What PEFT alone answers, one request at a time.
+
+Nothing is trained: every number of a checkpoint is drawn anew, because fresh adapters change nothing.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from families import FAMILIES, SPECIAL, VOCABULARY, Family
+from methods import HEADS, Case, cases, config
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+SEED = 20_261_124
+NEW_TOKENS = 16
+LABELS = 3
+
+
+def drawn(model: torch.nn.Module, seed: int, trainable: bool = False) -> None:
+    """New numbers for all parameters, or for the trainable ones, of a size that keeps a model lively."""
+    random = torch.Generator().manual_seed(seed)
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in done or (trainable and not parameter.requires_grad):
+                continue
+            done.add(id(parameter))
+            noise = torch.randn(parameter.shape, generator=random)
+            if "ia3_l" in name or (("norm" in name.lower() or "ln_" in name) and name.endswith("weight")):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.numel() == 1:  # DeLoRA's bound
+                parameter.fill_(6.0)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.2 * noise)
+            elif "embed" in name or "shared" in name or "wte" in name or "wpe" in name or "prompt" in name:
+                parameter.copy_(0.8 * noise)
+            else:
+                # Tuned weights are small beside the backbone's, as they are in life; else float32 itself is too coarse.
+                parameter.copy_((0.5 if trainable else 1.0) * noise * parameter.shape[-1] ** -0.5)
+
+
+def backbone(family: Family, folder: Path) -> None:
+    """Writes a tiny random model."""
+    transformers.set_seed(SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, family.auto).from_config(family.config())
+        drawn(model, SEED)
+        model.tie_weights()
+        model.save_pretrained(folder)
+
+
+def tuned(case: Case, backbone_folder: Path) -> Any:
+    """The PEFT model of a case, with numbers of its own."""
+    family = FAMILIES[case.family]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        auto = getattr(transformers, HEADS.get(case.task, family.auto))
+        told = {"num_labels": LABELS} if case.task in HEADS else {}
+        model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=torch.float32, **told)
+        made = peft.get_peft_model(model, config(case))
+        drawn(made, SEED + sum(map(ord, case.name)), trainable=True)
+        return made.eval()
+
+
+def bare(family: str, backbone_folder: Path) -> PreTrainedModel:
+    auto = getattr(transformers, FAMILIES[family].auto)
+    model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def inputs(case: Case) -> list[list[int]]:
+    """Two texts of odd lengths, others for each delta. A classified one also ends in a pad token, as texts may."""
+    random = torch.Generator().manual_seed(SEED + 31 * sum(map(ord, case.name)))
+    lengths = [int(torch.randint(3, 14, (), generator=random)) for _ in range(2)]
+    first, second = (torch.randint(SPECIAL, VOCABULARY, (n,), generator=random).tolist() for n in lengths)
+    return [first, [*second, 0] if case.task == "SEQ_CLS" else second]
+
+
+def generated(model: Any, ids: list[int]) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens by PEFT's own generate, and the log-probabilities [NEW_TOKENS, vocabulary] it chose them by."""
+    out = model.generate(
+        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True,
+        eos_token_id=None,
+    )  # fmt: skip
+    tokens = out.sequences[0, -NEW_TOKENS:].tolist()
+    return tokens, torch.log_softmax(torch.cat(out.logits).float(), -1)
+
+
+Answer = tuple[list[int], torch.Tensor]
+"""Greedy tokens (none for a head or a vector) and rows [n, width]: log-probabilities, raw scores or a vector."""
+
+
+def answer(case: Case, model: Any, ids: list[int]) -> Answer:
+    """What the model alone says, without batching, caches of ours, or padding."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if case.task in HEADS:
+            scores = model(input_ids=torch.tensor([ids])).logits[0].float()
+            # Beside a prompt transformers also labels the prompt's rows.
+            return [], scores[-len(ids) :] if case.task == "TOKEN_CLS" else scores.unsqueeze(0)
+        if case.task == "FEATURE_EXTRACTION":
+            hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+            return [], hidden[-len(ids) :].mean(0, keepdim=True)
+        return generated(model, ids)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A family's folder, the cases that PEFT itself can do, and its answers to `inputs` by case and input."""
+
+    folder: Path
+    cases: tuple[Case, ...]
+    references: Mapping[Case, tuple[Answer, ...]]
+    without: Mapping[Case, tuple[Answer, ...]]
+    """The same by the backbone alone, with the case's own head if it has one."""
+
+
+def _without_delta(case: Case, folder: Path, saved: Path) -> Any:
+    if case.task not in HEADS:
+        return bare(case.family, folder)
+    model = getattr(transformers, HEADS[case.task]).from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, num_labels=LABELS
+    )
+    heads = {name.rpartition("base_model.")[2].removeprefix("model."): t for name, t in load_file(saved).items()}
+    own = [f"{head}.{part}" for head in ("classifier", "score") for part in ("weight", "bias")]
+    heads = {name: tensor for name, tensor in heads.items() if name in own}
+    assert heads and not model.load_state_dict(heads, strict=False).unexpected_keys
+    return model.eval()
+
+
+def prepare(family: str, folder: Path) -> Prepared:
+    """Writes `backbone` and `deltas/<name>` below a folder and asks PEFT about each of them."""
+    backbone(FAMILIES[family], folder / "backbone")
+    references, without = {}, {}
+    for case in cases(family):
+        model = tuned(case, folder / "backbone")
+        place = folder / "deltas" / case.name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(place)
+            alone = _without_delta(case, folder / "backbone", place / "adapter_model.safetensors")
+        references[case] = tuple(answer(case, model, ids) for ids in inputs(case))
+        without[case] = tuple(answer(case, alone, ids) for ids in inputs(case))
+    return Prepared(folder, tuple(references), references, without)
