@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
 Piece = tuple[int, int, int, int]
@@ -23,3 +24,39 @@ def prompt_rows(embeddings: torch.Tensor, table: PromptTable, pieces: Sequence[P
         entry = table.get(slot)
         assert entry is not None and entry.tensors[0] is not None, f"slot {slot} has no soft prompt"
         embeddings[row : row + count] = entry.tensors[0][offset : offset + count].to(embeddings.dtype)
+
+
+class EmbeddingTable(SlotTable):
+    """One column: a whole embedding [vocabulary, width] of the slot's own."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        super().__init__(1, capacity, device)
+
+
+class LookupTable(SlotTable):
+    """Columns A [r, vocabulary] and B [width, r], scalar scale."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        super().__init__(2, capacity, device)
+
+
+def look_up(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: EmbeddingTable, factor: float = 1.0) -> None:
+    """y[row] = factor · E[ids[row]] where the slot has an embedding, in place. y [rows, width]; ids int64 [rows]."""
+    if not table.touches(rowmap):
+        return
+    for run, entry in table.entries(rowmap):
+        assert entry.tensors[0] is not None
+        found = entry.tensors[0][ids[run.start : run.stop]]
+        y[run.start : run.stop] = (found.float() * factor).to(y.dtype)
+
+
+def add_low_rank(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: LookupTable, factor: float = 1.0) -> None:
+    """y[row] += factor · scale · A[:, ids[row]]ᵀ Bᵀ, in place. y [rows, width], any float dtype, summed in fp32."""
+    if not table.touches(rowmap):
+        return
+    for run, entry in table.entries(rowmap):
+        a, b = entry.tensors
+        assert a is not None and b is not None
+        added = a[:, ids[run.start : run.stop]].float().T @ b.float().T
+        part = y[run.start : run.stop]
+        part.copy_((part.float() + factor * entry.scalars[0] * added).to(y.dtype))

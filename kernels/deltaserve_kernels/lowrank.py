@@ -56,7 +56,7 @@ def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTa
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
     entries = table.entries(rowmap)
     rows = entries[0][0].rows
-    if 1 < len(entries) and rows <= _STACKED_ROWS and all(run.rows == rows for run, _ in entries):
+    if len(entries) > 1 and rows <= _STACKED_ROWS and all(run.rows == rows for run, _ in entries):
         _batched(y, x, [run for run, _ in entries], rows, table)
         return
     for run, entry in entries:

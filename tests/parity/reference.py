@@ -56,14 +56,14 @@ def backbone(family: Family, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def tuned(case: Case, backbone_folder: Path) -> Any:
+def tuned(case: Case, backbone_folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The PEFT model of a case, with numbers of its own."""
     family = FAMILIES[case.family]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         auto = getattr(transformers, HEADS.get(case.task, family.auto))
         told = {"num_labels": LABELS} if case.task in HEADS else {}
-        model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=torch.float32, **told)
+        model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=dtype, **told)
         made = peft.get_peft_model(model, config(case))
         drawn(made, SEED + sum(map(ord, case.name)), trainable=True)
         return made.eval()

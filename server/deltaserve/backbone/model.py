@@ -10,7 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaserve.backbone import survey
 from deltaserve.backbone.attention import AttentionSite, attach
+from deltaserve.backbone.embedding import WrappedEmbedding
 from deltaserve.backbone.families import Family, Shape
+from deltaserve.backbone.linear import WrappedLinear
+from deltaserve.backbone.norm import WrappedNorm
 from deltaserve.backbone.wrap import WrappedModule
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.primitives import Prefix
@@ -70,10 +73,10 @@ class Backbone:
         self.spec = survey.spec(name, family, model, has_pooler)
         self._now = Now()
         self._modules = survey.named_modules(family, model)
-        self._wrapped = {
-            site.name: WrappedModule(site, self._modules[site.name], self._now, SLOTS, self.device)
+        self._wrapped: dict[str, WrappedModule] = {
+            site.name: _WRAPS[site.type](site, self._modules[site.name], self._now, SLOTS, self.device)
             for site in self.spec.sites.values()
-            if site.type in (SiteType.LINEAR, SiteType.CONV1D, SiteType.NORM)
+            if site.type in _WRAPS
         }
         self._attention = self._open_attention()
         self._prompts = PromptTable(SLOTS, self.device)
@@ -224,6 +227,13 @@ class Backbone:
         self.model.pooler = None
         return pooler if self.family.pooler + ".dense" in self.spec.sites else None
 
+
+_WRAPS = {
+    SiteType.LINEAR: WrappedLinear,
+    SiteType.CONV1D: WrappedLinear,
+    SiteType.EMBEDDING: WrappedEmbedding,
+    SiteType.NORM: WrappedNorm,
+}
 
 _FORWARDS = {
     Shape.DECODER: Backbone._decoder_only,

@@ -1,85 +1,74 @@
 """A module of the backbone at which deltas act. Its forward is changed in place, and only while some delta is there.
 
 Nothing else about the module changes: its name, its weights, ties and type stay, and a backbone without resident
-deltas runs transformers' own code.
+deltas runs transformers' own code. The exception are linears on `memory` rows: theirs is always ours, so that steps
+that admit nobody do not read their weights for one dummy row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Dense, LowRank, SitePrimitive
+from deltaserve.deltas.primitives import SitePrimitive
 from deltaserve.deltas.sites import Axis, Site
 from deltaserve.plan import Now
-from deltaserve_kernels.affine import AffineTable, scale_input, scale_output
-from deltaserve_kernels.dense import DenseTable
-from deltaserve_kernels.dense import apply as apply_dense
-from deltaserve_kernels.lowrank import LowRankTable
-from deltaserve_kernels.lowrank import apply as apply_lowrank
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import SlotTable
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Columns = tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]
+"""What a table keeps of a primitive: tensors in the table's order, and scalars."""
 
 
 class WrappedModule:
-    """One linear, Conv1D or norm. y = W u + b, u = x ⊙ in_scale; LowRank and Dense added from u; y ⊙ scale + shift.
+    """What all wrapped modules have in common; `linear`, `norm` and `embedding` say what their rows get.
 
-    x [..., in] holds the rows of `site.axis` in its leading dimensions. What acts is summed in fp32 and rounded once.
+    `tables` has one table for each primitive that can act here, by the name that `placed` gives it. A subclass
+    implements `placed` and `applied`.
     """
 
-    def __init__(self, site: Site, module: torch.nn.Module, now: Now, slots: int, device: torch.device) -> None:
+    tables: Mapping[str, SlotTable]
+
+    def __init__(self, site: Site, module: torch.nn.Module, now: Now) -> None:
         self.site = site
-        self._module = module
-        self._inner: Forward = module.forward
+        self.module = module
+        self.inner: Forward = module.forward
         self._now = now
-        self._lowrank = LowRankTable(slots, device)
-        self._affine = AffineTable(slots, device)
-        self._dense = DenseTable(slots, device)
-        self._tables = (self._lowrank, self._affine, self._dense)
         self._here: set[int] = set()
+        if site.axis is Axis.MEMORY:
+            module.forward = self._forward
+
+    def placed(self, primitive: SitePrimitive) -> tuple[str, Columns]:
+        """The table that a primitive goes to, and what it keeps there."""
+        raise AssertionError(f"{type(primitive).__name__} cannot act at {self.site.name}")
+
+    def applied(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
+        """The module's output for rows of which some have something here."""
+        raise NotImplementedError
 
     def install(self, slot: int, primitives: Sequence[SitePrimitive]) -> None:
-        """Publishes a slot's primitives, whose tensors are on the device. At most one of each type."""
+        """Publishes a slot's primitives, whose tensors are on the device. At most one for each table."""
         assert slot not in self._here
         for primitive in primitives:
-            match primitive:
-                case LowRank(a, b, scale):
-                    assert slot not in self._lowrank
-                    self._lowrank.put(slot, (a, b), (scale,))
-                case Affine(in_scale, scale_, shift):
-                    assert slot not in self._affine
-                    self._affine.put(slot, (in_scale, scale_, shift))
-                case Dense(weight, bias, replace):
-                    assert slot not in self._dense
-                    self._dense.put(slot, (weight, bias), (float(replace),))
-                case _:
-                    raise AssertionError(f"{type(primitive).__name__} cannot act at {self.site.name}")
-        if not self._here:
-            self._module.forward = self._forward
+            table, (tensors, scalars) = self.placed(primitive)
+            assert slot not in self.tables[table], f"two primitives for {table} at {self.site.name}"
+            self.tables[table].put(slot, tensors, scalars)
+        self.module.forward = self._forward
         self._here.add(slot)
 
     def remove(self, slot: int) -> None:
         """Takes a slot's primitives back; the last one gives the module its own forward back."""
-        for table in self._tables:
+        for table in self.tables.values():
             if slot in table:
                 table.drop(slot)
         self._here.discard(slot)
-        if not self._here:
-            self._module.__dict__.pop("forward", None)
+        if not self._here and self.site.axis is not Axis.MEMORY:
+            self.module.__dict__.pop("forward", None)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         rowmap = self._now.rowmap(self.site.axis)
         if self.site.axis is Axis.MEMORY and rowmap.rows == 0:
             return x.new_zeros(*x.shape[:-1], self.site.out_features)
         if rowmap.bare or self._here.isdisjoint(rowmap.active):
-            return self._inner(x)
-        rows = x.reshape(-1, x.shape[-1])
-        assert rows.shape[0] == rowmap.rows, f"{self.site.name}: {rows.shape[0]} rows, {rowmap.rows} planned"
-        u = scale_input(rows, rowmap, self._affine)
-        y = self._inner(u)
-        dtype = y.dtype
-        total = y.float()
-        # A Dense that replaces overwrites: what is added comes after it.
-        apply_dense(total, u, rowmap, self._dense)
-        apply_lowrank(total, u, rowmap, self._lowrank)
-        scale_output(total, rowmap, self._affine)
-        return total.to(dtype).view(*x.shape[:-1], total.shape[-1])
+            return self.inner(x)
+        return self.applied(x, rowmap)

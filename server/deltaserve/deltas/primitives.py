@@ -3,8 +3,8 @@
 All tensors are on the host, contiguous, and in the dtype of the checkpoint's file. Rows x are [rows, in], outputs y
 are [rows, out]. Products and sums are taken in fp32 and rounded once, at the end of a site.
 
-At one linear the order is fixed: u = x ⊙ in_scale; y = W u + b; LowRank and Dense are computed from u and added;
-y = y ⊙ scale + shift.
+At one linear the order is fixed: x′ = Block_in(x); u = x′ ⊙ in_scale; y = W u + b; Dense, LowRank and Sparse are computed
+from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,45 @@ class LowRank:
 class Affine:
     """Input side: u = x ⊙ in_scale, [in]. Output side: y = y ⊙ scale + shift, both [out]. None leaves that part out.
 
-    IA³ (arXiv 2205.05638), biases of BitFit (arXiv 2106.10199); at a norm it acts on the norm's output.
+    IA³ (arXiv 2205.05638), biases of BitFit (arXiv 2106.10199); at a norm it acts on the norm's output. With `replace`,
+    at a norm alone: scale is the norm's weight and shift its bias, [width], instead of the backbone's, in the norm's
+    own order of casts. LayerNorm tuning (arXiv 2312.11420).
     """
 
     in_scale: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    replace: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """x′ = x · diag(R_1, ..., R_n) on the input side, or y′ = y · diag(...) on the output side. blocks [n, b, b].
+
+    OFT (arXiv 2306.07280) and BOFT (2311.06243) on the input side, RoAd (2409.00119) on the output side.
+    """
+
+    blocks: torch.Tensor
+    outputs: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """y += u Sᵀ, S[index[0], index[1]] = values; index int32 [2, n], values [n]. SHiRA (arXiv 2406.13175)."""
+
+    index: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """At an embedding these ids look up other rows; at a vocabulary linear y[:, index] = u valuesᵀ.
+
+    index int32 [n], sorted and distinct; values [n, width]. Trainable tokens.
+    """
+
+    index: torch.Tensor
+    values: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +118,7 @@ class Head:
         return int(self.layers[-1].weight.shape[0])
 
 
-SitePrimitive = LowRank | Affine | Dense | Prefix
+SitePrimitive = LowRank | Affine | Block | Dense | Sparse | Rows | Prefix
 
 
 def tensors(primitive: SitePrimitive | SoftPrompt | Head) -> tuple[torch.Tensor, ...]:
@@ -95,6 +128,10 @@ def tensors(primitive: SitePrimitive | SoftPrompt | Head) -> tuple[torch.Tensor,
             return (a, b)
         case Affine(in_scale, scale, shift):
             return tuple(t for t in (in_scale, scale, shift) if t is not None)
+        case Block(blocks):
+            return (blocks,)
+        case Sparse(index, values) | Rows(index, values):
+            return (index, values)
         case Dense(weight, bias):
             return (weight,) if bias is None else (weight, bias)
         case Prefix(keys, values):

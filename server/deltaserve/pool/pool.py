@@ -78,7 +78,7 @@ class Pool:
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal at
-            dtype = self._dtype or tensor.dtype
+            dtype = self._stored(tensor)
             size = self._nbytes(tensor)
             view = self._arena[at : at + size].view(dtype).view(tensor.shape)
             view.copy_(tensor)
@@ -113,4 +113,8 @@ class Pool:
         self._extents.check()
 
     def _nbytes(self, tensor: torch.Tensor) -> int:
-        return tensor.numel() * (self._dtype or tensor.dtype).itemsize
+        return tensor.numel() * self._stored(tensor).itemsize
+
+    def _stored(self, tensor: torch.Tensor) -> torch.dtype:
+        """Whole numbers are places, and stay as they are."""
+        return self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype

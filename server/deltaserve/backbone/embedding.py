@@ -1,0 +1,48 @@
+"""An embedding at which deltas act: rows of their own for some ids, or a change of low rank for all of them."""
+
+import torch
+
+from deltaserve.backbone.wrap import Columns, WrappedModule
+from deltaserve.deltas.primitives import Dense, LowRank, Rows, SitePrimitive
+from deltaserve.deltas.sites import Site
+from deltaserve.plan import Now
+from deltaserve_kernels import embed, rows
+from deltaserve_kernels.rowmap import RowMap
+
+
+class WrappedEmbedding(WrappedModule):
+    """E[ids] with E′ instead of E for a slot that brings its own; plus s · A[:, ids]ᵀ Bᵀ; then Rows.
+
+    Where the family's embedding multiplies what it looked up (Gemma), all of it is multiplied. ids int64 [..., rows].
+    """
+
+    def __init__(self, site: Site, module: torch.nn.Module, now: Now, slots: int, device: torch.device) -> None:
+        super().__init__(site, module, now)
+        self._whole = embed.EmbeddingTable(slots, device)
+        self._lowrank = embed.LookupTable(slots, device)
+        self._rows = rows.RowsTable(slots, device)
+        self.tables = {"whole": self._whole, "lowrank": self._lowrank, "rows": self._rows}
+
+    @property
+    def _scale(self) -> float:
+        return float(getattr(self.module, "embed_scale", 1.0))
+
+    def placed(self, primitive: SitePrimitive) -> tuple[str, Columns]:
+        match primitive:
+            case Dense(weight, None, True):
+                return "whole", ((weight,), ())
+            case LowRank(a, b, scale):
+                return "lowrank", ((a, b), (scale,))
+            case Rows(index, values):
+                return "rows", ((index, values), ())
+        return super().placed(primitive)
+
+    def applied(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
+        found = self.inner(x)
+        ids = x.reshape(-1)
+        assert ids.shape[0] == rowmap.rows, f"{self.site.name}: {ids.shape[0]} ids, {rowmap.rows} planned"
+        y = found.reshape(-1, found.shape[-1]).clone()
+        embed.look_up(y, ids, rowmap, self._whole, self._scale)
+        embed.add_low_rank(y, ids, rowmap, self._lowrank, self._scale)
+        rows.replace_rows(y, ids, rowmap, self._rows, self._scale)
+        return y.view(found.shape)

@@ -1,0 +1,41 @@
+"""Rows with slots, for every popularity of deltas."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from deltaserve_kernels.dispatch import Implementation
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.testing import POPULARITIES, popularity
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(11)
+
+
+@pytest.fixture(params=POPULARITIES)
+def spread(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(Implementation), ids=lambda i: i.value)
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    found: Implementation = request.param
+    return found
+
+
+@pytest.fixture
+def rows_of() -> Callable[[str, int, int], tuple[RowMap, list[int]]]:
+    """A RowMap and each row's slot, for 11 requests of 1 to `longest` rows over 5 slots."""
+
+    def make(spread: str, longest: int, seed: int = 0) -> tuple[RowMap, list[int]]:
+        slots = popularity(spread, 11, 5, seed)
+        counts = [1 + (i * 7) % longest for i in range(11)]
+        each = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+        return RowMap.of(zip(slots, counts, strict=True), CPU), each
+
+    return make

@@ -1,0 +1,65 @@
+"""Affine: input and output side against the equation; bare rows bit-identical."""
+
+import pytest
+import torch
+
+from deltaserve_kernels import affine
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.testing import error_ratio
+
+CPU = torch.device("cpu")
+EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""One rounding: half a unit in the last place, and a little for the norm over a row."""
+
+
+def table_of(inner: int, outer: int, dtype: torch.dtype) -> affine.AffineTable:
+    """Five slots: all three parts, each alone, and none."""
+    table = affine.AffineTable(8, CPU)
+    for slot, has in enumerate([(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]):
+        widths = (inner, outer, outer)
+        table.put(slot, tuple(torch.randn(w).to(dtype) if h else None for w, h in zip(widths, has, strict=True)))
+    return table
+
+
+@pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
+@pytest.mark.parametrize("width", [1, 33, 128])
+def test_inputs_are_scaled(width, dtype, spread, rows_of):
+    rowmap, each = rows_of(spread, 4)
+    table = table_of(width, 5, dtype)
+    x = torch.randn(rowmap.rows, width).to(dtype)
+    before = x.clone()
+    ours = affine.scale_input(x, rowmap, table)
+    assert torch.equal(x, before) and ours.dtype is dtype
+    for row, slot in enumerate(each):
+        scale = None if slot < 0 else table.get(slot).tensors[0]
+        if scale is None:
+            assert torch.equal(ours[row], x[row])
+        else:
+            expected = x[row].double() * scale.double()
+            assert error_ratio(ours[row : row + 1], expected.unsqueeze(0)) <= EPSILON[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
+def test_outputs_are_scaled_and_shifted(dtype, spread, rows_of):
+    rowmap, each = rows_of(spread, 4)
+    table = table_of(3, 33, dtype)
+    y = torch.randn(rowmap.rows, 33)
+    ours = y.clone()
+    affine.scale_output(ours, rowmap, table)
+    for row, slot in enumerate(each):
+        _, scale, shift = (None,) * 3 if slot < 0 else table.get(slot).tensors
+        expected = y[row].double()
+        expected = expected if scale is None else expected * scale.double()
+        expected = expected if shift is None else expected + shift.double()
+        assert error_ratio(ours[row : row + 1], expected.unsqueeze(0)) <= 1e-6
+        if scale is None and shift is None:
+            assert torch.equal(ours[row], y[row])
+
+
+def test_nothing_is_copied_where_nothing_acts():
+    x, table = torch.randn(3, 4), affine.AffineTable(8, CPU)
+    rowmap = RowMap.of([(0, 2), (-1, 1)], CPU)
+    assert affine.scale_input(x, rowmap, table) is x
+    table.put(0, (None, torch.ones(4), None))
+    table.put(1, (torch.ones(4), None, None))
+    assert affine.scale_input(x, rowmap, table) is x

@@ -1,0 +1,82 @@
+"""The table that kernels read, and who is in it; and which implementation runs."""
+
+import threading
+
+import pytest
+import torch
+
+from deltaserve_kernels.dispatch import Implementation, choose, forced
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import SlotTable
+from deltaserve_kernels.testing import error_ratio, poisoned, popularity
+
+CPU = torch.device("cpu")
+
+
+def test_addresses_are_those_of_the_tensors_and_zero_where_nothing_is():
+    table = SlotTable(2, 5, CPU)
+    first, second = torch.ones(3), torch.ones(2)
+    table.put(3, (first, None), (0.5,))
+    table.put(0, (second, first))
+    expected = torch.zeros(5, 2, dtype=torch.int64)
+    expected[3, 0], expected[0, 0], expected[0, 1] = first.data_ptr(), second.data_ptr(), first.data_ptr()
+    assert torch.equal(table.addresses, expected)
+    assert 3 in table and 1 not in table and len(table) == 2 and table.get(1) is None
+    assert table.get(3).tensors[0] is first and table.get(3).scalars == (0.5,)
+    generation = table.generation
+    table.drop(3)
+    assert table.addresses[3].tolist() == [0, 0] and 3 not in table and table.generation > generation
+
+
+def test_entries_of_a_forward():
+    table = SlotTable(1, 5, CPU)
+    rowmap = RowMap.of([(1, 2), (2, 1), (-1, 3), (1, 1)], CPU)
+    assert not table.touches(rowmap)
+    table.put(4, (torch.ones(1),))
+    assert not table.touches(rowmap) and table.entries(rowmap) == []
+    table.put(1, (torch.ones(1),))
+    assert table.touches(rowmap)
+    assert [(run.slot, run.start, run.stop) for run, _ in table.entries(rowmap)] == [(1, 0, 2), (1, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("slot", "tensors"),
+    [(5, (torch.ones(1),)), (-1, (torch.ones(1),)), (0, (torch.ones(1), None)), (0, (torch.ones(4, 2).T,))],
+)
+def test_what_may_not_be_published(slot: int, tensors: tuple[torch.Tensor | None, ...]):
+    with pytest.raises(AssertionError):
+        SlotTable(1, 5, CPU).put(slot, tensors)
+
+
+def test_dispatch_can_be_overridden_in_one_thread():
+    assert choose(CPU) is Implementation.CPU
+    assert choose(torch.device("cuda")) is Implementation.REFERENCE
+    elsewhere: list[Implementation] = []
+    with forced(Implementation.REFERENCE):
+        assert choose(CPU) is Implementation.REFERENCE
+        thread = threading.Thread(target=lambda: elsewhere.append(choose(CPU)))
+        thread.start()
+        thread.join(10)
+        with forced(Implementation.CPU):
+            assert choose(CPU) is Implementation.CPU
+        assert choose(CPU) is Implementation.REFERENCE
+    assert choose(CPU) is Implementation.CPU and elsewhere == [Implementation.CPU]
+
+
+def test_the_error_is_that_of_the_worst_row_and_sees_poison():
+    reference = torch.ones(3, 4)
+    ours = reference.clone()
+    ours[1] *= 1.5
+    assert error_ratio(ours, reference) == pytest.approx(0.5)
+    assert error_ratio(poisoned(3, 4), reference) == float("inf")
+    assert error_ratio(torch.empty(0, 4), torch.empty(0, 4)) == 0.0
+    with pytest.raises(AssertionError):
+        error_ratio(ours, reference[:2])
+
+
+def test_popularities():
+    assert popularity("identical", 4, 3) == [0, 0, 0, 0]
+    assert popularity("distinct", 4, 3) == [0, 1, 2, 0]
+    assert popularity("one_bare", 5, 3).count(-1) == 1
+    assert popularity("zipf", 200, 5).count(0) > 2 * popularity("uniform", 200, 5).count(0) * 0.8
+    assert popularity("uniform", 9, 5, seed=1) != popularity("uniform", 9, 5, seed=2)
