@@ -23,6 +23,8 @@ class Family:
     ia3: tuple[tuple[str, ...], tuple[str, ...]]
     prefix: Mapping[str, int] = field(default_factory=dict)
     encoder_decoder: bool = False
+    embedding: str = "embed_tokens"
+    norms: str = r".*norm.*|.*ln_.*|.*LayerNorm.*|.*layer_norm.*"
     few: bool = False
     """Only the methods in FEW, in `make test`."""
 
@@ -38,7 +40,7 @@ FAMILIES = {
     for family in (
         Family(
             "t5", _t5, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", ("q", "v", "wi", "wo"),
-            r".*decoder.*\.(q|wo)", (("k", "v", "wo"), ("wo",)), encoder_decoder=True,
+            r".*decoder.*\.(q|wo)", (("k", "v", "wo"), ("wo",)), encoder_decoder=True, embedding="shared",
         ),
         Family(
             "flan-t5",
@@ -53,7 +55,7 @@ FAMILIES = {
                 intermediate_size=48, max_position_embeddings=64, hidden_act="gelu",
             ),
             "AutoModel", "FEATURE_EXTRACTION", ("query", "value", "dense"), r".*layer\.[12].*(key|output\.dense)",
-            (("key", "value", "output.dense"), ("output.dense",)),
+            (("key", "value", "output.dense"), ("output.dense",)), embedding="word_embeddings",
         ),
         Family(
             "gpt2",
@@ -62,7 +64,7 @@ FAMILIES = {
                 eos_token_id=1, pad_token_id=0,
             ),
             "AutoModelForCausalLM", "CAUSAL_LM", ("c_attn", "c_fc", "c_proj"), r".*h\.1\..*c_proj",
-            (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+            (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)), embedding="wte",
         ),
         Family(
             "llama",
@@ -83,9 +85,10 @@ def _llama_like(name: str, word: str, **changes: Any) -> Family:
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     sizes |= {"max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 1}
     linears = changes.pop("linears", ("q_proj", "v_proj", "down_proj"))
+    embedding = changes.pop("embedding", "embed_tokens")
     return Family(
         name, lambda: getattr(transformers, f"{word}Config")(**(sizes | changes)), "AutoModelForCausalLM", "CAUSAL_LM",
-        linears, rf".*\.1\..*{linears[0]}", ((linears[1], linears[2]), (linears[2],)), few=True,
+        linears, rf".*\.1\..*{linears[0]}", ((linears[1], linears[2]), (linears[2],)), embedding=embedding, few=True,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ for _family in (
             max_position_embeddings=66, pad_token_id=1, bos_token_id=0, eos_token_id=2,
         ),
         "AutoModel", "FEATURE_EXTRACTION", ("query", "value", "dense"), r".*layer\.1.*(key|output\.dense)",
-        (("key", "value", "output.dense"), ("output.dense",)), few=True,
+        (("key", "value", "output.dense"), ("output.dense",)), embedding="word_embeddings", few=True,
     ),
     _llama_like("mistral", "Mistral", sliding_window=6),
     _llama_like("qwen2", "Qwen2"),
@@ -109,6 +112,7 @@ for _family in (
     _llama_like(
         "opt", "OPT", ffn_dim=48, word_embed_proj_dim=32, linears=("q_proj", "v_proj", "fc2"), num_key_value_heads=4
     ),
-    _llama_like("gpt-neox", "GPTNeoX", linears=("query_key_value", "dense_h_to_4h", "dense"), num_key_value_heads=4),
+    _llama_like("gpt-neox", "GPTNeoX", linears=("query_key_value", "dense_h_to_4h", "dense"), num_key_value_heads=4,
+                embedding="embed_in"),
 ):  # fmt: skip
     FAMILIES[_family.name] = _family

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
-from families import FAMILIES, Family
+from families import FAMILIES, SPECIAL, Family
 
 Make = Callable[[Family], Any]
 
@@ -55,6 +55,11 @@ METHODS: Mapping[str, Make] = {
     "gralora-hybrid": _tuner("Gralora", r=4, gralora_k=2, alpha=6, hybrid_r=2),
     "fourierft": _tuner("FourierFT", n_frequency=60, scaling=30.0),
     "hira": _tuner("Hira", r=4),
+    "lora-embedding": _lora(target_modules=lambda f: [f.linears[0], f.embedding]),
+    "dora-embedding": _lora(use_dora=True, target_modules=lambda f: [f.linears[0], f.embedding]),
+    "lora-tokens": _lora(trainable_token_indices=lambda f: {f.embedding: [SPECIAL + 9, SPECIAL + 2, SPECIAL]}),
+    "tokens": _tuner("TrainableTokens", target_modules=lambda f: [f.embedding], token_indices=list(range(40, 4, -1))),
+    "ln-tuning": lambda f: peft.LNTuningConfig(target_modules=f.norms),
     "ia3": _ia3,
     "prefix": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=5, **f.prefix),
     "prefix-projected": lambda f: peft.PrefixTuningConfig(
@@ -76,6 +81,16 @@ LINEAR_ONLY: Mapping[str, Make] = {
     "lokr": _tuner("LoKr", r=2, alpha=5),
     "lokr-both": _tuner("LoKr", r=1, alpha=2, decompose_both=True, decompose_factor=4),
     "c3a": _tuner("C3A", block_size=8),
+    "oft": _tuner("OFT", oft_block_size=8, r=0),
+    "oft-cayley": _tuner("OFT", oft_block_size=4, r=0, use_cayley_neumann=False),
+    "oft-coft": _tuner("OFT", oft_block_size=8, r=0, coft=True, eps=0.3),
+    "oft-shared": _tuner("OFT", oft_block_size=8, r=0, block_share=True),
+    "boft": _tuner("BOFT", boft_block_size=8),
+    "road-1": _tuner("Road", variant="road_1", group_size=8),
+    "road-2": _tuner("Road", variant="road_2", group_size=8),
+    "road-4": _tuner("Road", variant="road_4", group_size=4),
+    "shira": _tuner("Shira", r=4),
+    "beft": _tuner("Beft"),
 }
 """PEFT does these at nn.Linear alone, so not on GPT-2."""
 GENERATING: Mapping[str, Make] = {
@@ -88,6 +103,7 @@ NO_TOKEN_HEAD = ("gemma3", "opt")
 """transformers has no class for it."""
 ENCODERS = ("bert", "roberta")
 FEW = ("lora-all-linear", "dora", "lora-bias-all", "ia3", "prefix", "prompt", "lora-lm-head")
+FEW += ("lora-embedding", "dora-embedding", "lora-tokens", "tokens", "ln-tuning", "oft", "shira")
 """What is tried on a family that another one much like it covers in full."""
 
 

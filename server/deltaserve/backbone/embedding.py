@@ -3,15 +3,15 @@
 import torch
 
 from deltaserve.backbone.wrap import Columns, WrappedModule
-from deltaserve.deltas.primitives import Dense, LowRank, Rows, SitePrimitive
+from deltaserve.deltas.primitives import Affine, Dense, LowRank, Rows, SitePrimitive
 from deltaserve.deltas.sites import Site
 from deltaserve.plan import Now
-from deltaserve_kernels import embed, rows
+from deltaserve_kernels import affine, embed, rows
 from deltaserve_kernels.rowmap import RowMap
 
 
 class WrappedEmbedding(WrappedModule):
-    """E[ids] with E′ instead of E for a slot that brings its own; plus s · A[:, ids]ᵀ Bᵀ; then Rows.
+    """E[ids] with E′ instead of E for a slot that brings its own; plus s · A[:, ids]ᵀ Bᵀ; then ⊙ scale; then Rows.
 
     Where the family's embedding multiplies what it looked up (Gemma), all of it is multiplied. ids int64 [..., rows].
     """
@@ -20,8 +20,9 @@ class WrappedEmbedding(WrappedModule):
         super().__init__(site, module, now)
         self._whole = embed.EmbeddingTable(slots, device)
         self._lowrank = embed.LookupTable(slots, device)
+        self._affine = affine.AffineTable(slots, device)
         self._rows = rows.RowsTable(slots, device)
-        self.tables = {"whole": self._whole, "lowrank": self._lowrank, "rows": self._rows}
+        self.tables = {"whole": self._whole, "lowrank": self._lowrank, "affine": self._affine, "rows": self._rows}
 
     @property
     def _scale(self) -> float:
@@ -33,6 +34,8 @@ class WrappedEmbedding(WrappedModule):
                 return "whole", ((weight,), ())
             case LowRank(a, b, scale):
                 return "lowrank", ((a, b), (scale,))
+            case Affine(None, scale, None, False):
+                return "affine", ((None, scale, None), ())
             case Rows(index, values):
                 return "rows", ((index, values), ())
         return super().placed(primitive)
@@ -44,5 +47,9 @@ class WrappedEmbedding(WrappedModule):
         y = found.reshape(-1, found.shape[-1]).clone()
         embed.look_up(y, ids, rowmap, self._whole, self._scale)
         embed.add_low_rank(y, ids, rowmap, self._lowrank, self._scale)
+        if self._affine.touches(rowmap):
+            total = y.float()
+            affine.scale_output(total, rowmap, self._affine)
+            y = total.to(y.dtype)
         rows.replace_rows(y, ids, rowmap, self._rows, self._scale)
         return y.view(found.shape)

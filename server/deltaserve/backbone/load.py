@@ -60,8 +60,10 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
 
 def _alone(name: str, config: PretrainedConfig) -> None:
     """Refuses what makes a row depend on rows of other requests, or attend otherwise than its family does."""
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    given = getattr(config, "rope_parameters", None) or {}
+    each = [given, *(values for values in given.values() if isinstance(values, dict))]  # by kind of layer, in some
+    kind = next((v["rope_type"] for v in each if v.get("rope_type") in ("dynamic", "longrope")), None)
+    if kind is not None:
         raise FailedPrecondition(
             f"backbone {name!r} has rope_type {kind!r}, whose angles depend on the longest sequence of a batch; this "
             "release serves those that do not",

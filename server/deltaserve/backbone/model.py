@@ -101,7 +101,7 @@ class Backbone:
         self._now.cache = cache
 
     def weights(self, site: str) -> torch.Tensor:
-        """A linear site's weight, a host fp32 copy [out, in]; see `deltas.sites.Weights`. From any thread."""
+        """A site's weight, fp32 on the host: [out, in], of an embedding [vocabulary, width]. Not to be written to."""
         weight = self._modules[site].weight
         assert isinstance(weight, torch.Tensor)
         host = weight.detach().float().cpu()

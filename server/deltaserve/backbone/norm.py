@@ -15,7 +15,7 @@ from deltaserve_kernels.rowmap import RowMap
 class WrappedNorm(WrappedModule):
     """y = norm(x), then y ⊙ scale + shift; rows of a slot that replaces run the norm with weight and bias of their own.
 
-    x [..., width]; a norm of heads has several vectors a row, in row order.
+    x [..., rows, width]; a norm of heads has several vectors a row, [1, rows, heads, width].
     """
 
     def __init__(self, site: Site, module: torch.nn.Module, now: Now, slots: int, device: torch.device) -> None:
@@ -32,8 +32,11 @@ class WrappedNorm(WrappedModule):
         return super().placed(primitive)
 
     def applied(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
+        if x.dim() == 4 and x.stride(1) < x.stride(2):
+            # A norm of heads that is given [1, heads, rows, d] (Gemma3): memory has the rows outside all the same.
+            return self.applied(x.transpose(1, 2), rowmap).transpose(1, 2)
         y = self.inner(x)
-        rows = y.view(rowmap.rows, -1, y.shape[-1])
+        rows = y.reshape(rowmap.rows, -1, y.shape[-1])
         given = x.reshape(rows.shape)
         if self._own.touches(rowmap):
             rows = rows.clone()

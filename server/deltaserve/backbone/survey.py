@@ -36,6 +36,9 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         if row.axis is family.prefix_axis and re.fullmatch(row.pattern, path)
     )
     first = family.first_position(config)
+    looked_up = model.get_input_embeddings()
+    alike = [path for path, module in modules.items() if getattr(module, "weight", None) is looked_up.weight]
+    embedding = next(path for path in alike if modules[path] is looked_up)
     limit = getattr(config, "max_position_embeddings", None) if family.absolute_positions else None
     return BackboneSpec(
         name=name,
@@ -52,6 +55,8 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         tasks=family.jobs,
         encoder_decoder=bool(config.is_encoder_decoder),
         prefix_pre=family.prefix_pre,
+        input_embedding=embedding,
+        tied=tuple(path for path in alike if path != embedding),
         first_position=first,
         max_positions=None if limit is None else int(limit) - first,
         labels=dict(getattr(config, "id2label", None) or {}),

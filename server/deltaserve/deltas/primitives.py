@@ -3,8 +3,8 @@
 All tensors are on the host, contiguous, and in the dtype of the checkpoint's file. Rows x are [rows, in], outputs y
 are [rows, out]. Products and sums are taken in fp32 and rounded once, at the end of a site.
 
-At one linear the order is fixed: x′ = Block_in(x); u = x′ ⊙ in_scale; y = W u + b; Dense, LowRank and Sparse are computed
-from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift.
+At one linear the order is fixed: x′ = Block_in(x); u = x′ ⊙ in_scale; y = W u + b; Dense, LowRank and Sparse are
+computed from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift.
 """
 
 from dataclasses import dataclass

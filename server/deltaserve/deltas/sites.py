@@ -7,7 +7,7 @@ from enum import StrEnum
 import torch
 
 Weights = Callable[[str], torch.Tensor]
-"""The backbone's weight at a linear site, by its name: host fp32 [out, in]. For lowerings that need W; may be slow."""
+"""The backbone's weight at a site, by its name: host fp32 [out, in], of an embedding [vocabulary, width]; slow."""
 
 
 class Axis(StrEnum):
@@ -89,8 +89,9 @@ class BackboneSpec:
     `prefix_sites`: attention sites that prefix-tuning fills, by layer. `prefix_positions`: whether a prefix shifts the
     positions of real tokens. `prefix_pre`: relative position of prefix row p for query i is p − i + prefix_pre · n.
     `prompt_axis`: whether soft prompts go before the encoder's or the only stack's rows (always TOKENS here).
-    `first_position`: of a sequence's first row (RoBERTa begins behind its pad id). `max_positions`: rows of one sequence
-    at most, or None where positions are relative.
+    `input_embedding`: the site that looks tokens up; `tied`: the other sites that have its weight.
+    `first_position`: of a sequence's first row (RoBERTa begins behind its pad id). `max_positions`: rows of one
+    sequence at most, or None where positions are relative.
     """
 
     name: str
@@ -107,6 +108,8 @@ class BackboneSpec:
     tasks: frozenset[str]
     encoder_decoder: bool = False
     prefix_pre: int = 0
+    input_embedding: str = ""
+    tied: tuple[str, ...] = ()
     first_position: int = 0
     max_positions: int | None = None
     labels: Mapping[int, str] = field(default_factory=dict)

@@ -14,6 +14,9 @@ import torch
 from deltaserve.engine.request import PositionLogprobs, Sampling, TokenLogprob
 from deltaserve.engine.sequence import Sequence
 
+_HEAD = 1024
+"""Leading scores that are looked at first where a filter is set."""
+
 
 def choose(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence. logits [n, vocabulary], any float dtype; row i belongs to sequences[i]."""
@@ -88,27 +91,52 @@ def _penalised(scores: torch.Tensor, sequences: Rows[Sequence], samplings: Rows[
 
 
 def _draw(scores: torch.Tensor, samplings: Rows[Sampling], sequences: Rows[Sequence]) -> torch.Tensor:
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=scores.device, dtype=torch.float32).unsqueeze(1)
+    """A token for each row, int64 [rows]. How a row is drawn depends on nothing but the row."""
+    scores = scores / _column([s.temperature for s in samplings], scores)
+    points = torch.tensor([_uniform(s) for s in sequences], device=scores.device, dtype=torch.float64).unsqueeze(1)
+    tokens = torch.empty(len(samplings), dtype=torch.int64, device=scores.device)
+    filtered = [i for i, s in enumerate(samplings) if s.top_k or s.top_p < 1 or s.min_p]
+    free = [i for i in range(len(samplings)) if i not in set(filtered)]
+    if free:
+        tokens[free] = _pick(scores[free].softmax(-1), points[free])
+    # Sorting a vocabulary costs as much as many layers; what the filters leave mostly stands in a short head of it.
+    for width in (_HEAD, scores.shape[-1]):
+        if filtered:
+            rows = scores[filtered]
+            ordered, ids = rows.topk(min(width, scores.shape[-1]), -1)
+            probabilities = _filtered(ordered, rows, [samplings[i] for i in filtered])
+            tokens[filtered] = ids.gather(1, _pick(probabilities, points[filtered]).unsqueeze(1)).squeeze(1)
+            cut = (probabilities[:, -1] > 0).tolist()
+            filtered = [i for i, more in zip(filtered, cut, strict=True) if more]
+    return tokens
 
-    vocabulary = scores.shape[-1]
-    ordered, ids = torch.sort(scores / column([s.temperature for s in samplings]), dim=-1, descending=True, stable=True)
-    ranks = torch.arange(vocabulary, device=scores.device)
-    kept = torch.where(ranks < column([s.top_k or vocabulary for s in samplings]), ordered, -math.inf)
-    probabilities = kept.softmax(-1)
+
+def _filtered(ordered: torch.Tensor, scores: torch.Tensor, samplings: Rows[Sampling]) -> torch.Tensor:
+    """Probabilities of the leading scores, [n, width], 0 where top-k, top-p or min-p takes them out."""
+    width = ordered.shape[-1]
+    # As in transformers, all scores that equal the k-th stay.
+    last = torch.tensor([min(s.top_k or width, width) - 1 for s in samplings], device=ordered.device).unsqueeze(1)
+    limited = torch.tensor([s.top_k > 0 for s in samplings], device=ordered.device).unsqueeze(1)
+    kept = torch.where(limited & (ordered < ordered.gather(1, last)), -math.inf, ordered)
+    total = torch.where(limited, kept.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
+    probabilities = (kept - total).exp()
     # A token stays while the mass before it is below p: the smallest set that reaches p, never empty.
     before = probabilities.cumsum(-1) - probabilities
-    stays = before < column([s.top_p for s in samplings])
-    stays &= probabilities >= column([s.min_p for s in samplings]) * probabilities[:, :1]
+    stays = before < _column([s.top_p for s in samplings], ordered)
+    stays &= probabilities >= _column([s.min_p for s in samplings], ordered) * probabilities[:, :1]
     stays[:, 0] = True
-    probabilities = torch.where(stays, probabilities, 0.0)
+    return torch.where(stays, probabilities, 0.0)
+
+
+def _pick(probabilities: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Where each row's point in [0, 1) falls. probabilities [n, width], up to a factor; points fp64 [n, 1]."""
     mass = probabilities.double().cumsum(-1)
-    points = torch.tensor([_uniform(s) for s in sequences], device=scores.device, dtype=torch.float64).unsqueeze(1)
-    at = (mass <= points * mass[:, -1:]).sum(-1, keepdim=True)
-    # What stays is a leading run; rounding may not carry a point past its end.
-    at = torch.minimum(at, stays.sum(-1, keepdim=True) - 1)
-    picked: torch.Tensor = ids.gather(1, at).squeeze(1)
-    return picked
+    at = (mass <= points * mass[:, -1:]).sum(-1)
+    return at.clamp_max(probabilities.shape[-1] - 1)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32).unsqueeze(1)
 
 
 def _uniform(sequence: Sequence) -> float:

@@ -84,6 +84,14 @@ def test_angles_that_depend_on_the_batch_are_refused(copied):
     assert "dynamic" in refusal(folder).message
 
 
+def test_angles_of_one_kind_of_layer_count_too(copied):
+    folder = copied("llama")
+    layers = {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    layers["sliding_attention"] = {"rope_type": "default", "rope_theta": 10000.0}
+    change_config(folder, model_type="gemma3_text", rope_parameters=layers)
+    assert "dynamic" in refusal(folder).message
+
+
 def test_a_causal_bert_is_refused(copied):
     folder = copied("bert")
     change_config(folder, is_decoder=True)

@@ -8,7 +8,7 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.lowrank import TARGETED, TRAINED
+from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each
 
 _LYCORIS = TARGETED | {"r", "alpha", "rank_pattern", "alpha_pattern"}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, Prefix, SitePrimitive, SoftPrompt
+from deltaserve.deltas.primitives import Affine, Head, LowRank, SitePrimitive, SoftPrompt
 from deltaserve.errors import BadCheckpoint
 
 
@@ -28,7 +28,7 @@ class Draft:
         if name not in self.kinds:
             self.kinds.append(name)
 
-    def put(self, site: str, primitive: LowRank | Dense | Prefix | Affine) -> None:
+    def put(self, site: str, primitive: SitePrimitive) -> None:
         """Adds a primitive. Raises BadCheckpoint where one of its type is there already."""
         here = self._at.setdefault(site, {})
         if type(primitive) in here:

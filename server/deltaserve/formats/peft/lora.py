@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 import torch
 
 from deltaserve.deltas.primitives import Affine, Dense, LowRank
-from deltaserve.deltas.sites import Weights
+from deltaserve.deltas.sites import SiteType, Weights
 from deltaserve.errors import FailedPrecondition
-from deltaserve.formats.peft import options
+from deltaserve.formats.peft import options, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.targets import Target, each
+from deltaserve.formats.peft.targets import LINEARS, Target, each
 
 _LATER = "this release does not serve it"
 OPTIONS = options.Options(
     used=frozenset(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "bias", "init_lora_weights"}
-        | {"use_dora", "kasa_config"}
+        | {"use_dora", "kasa_config", "trainable_token_indices"}
     ),
     inert=frozenset(
         {"lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"}
@@ -30,7 +30,6 @@ OPTIONS = options.Options(
         "arrow_config": "Arrow routes each token over several LoRA; it cannot be one delta",
         "layer_replication": "it makes another backbone, with more layers",
         "target_parameters": f"{_LATER} LoRA on bare parameters",
-        "trainable_token_indices": f"{_LATER} trainable tokens",
         "loftq_config": "LoftQ needs data that is not in the checkpoint",
         "corda_config": "CorDA needs data that is not in the checkpoint",
         "lora_ga_config": "LoRA-GA needs data that is not in the checkpoint",
@@ -62,10 +61,11 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     magnitude, kasa = options.flag(config, "use_dora"), bool(config.get("kasa_config"))
 
     def one(target: Target, weights: Weights) -> None:
+        looked_up = target.site.type is SiteType.EMBEDDING
         r = target.setting(ranks, "rank_pattern", rank)
         scale = target.setting(alphas, "alpha_pattern", alpha) / (math.sqrt(r) if root else r)
-        a = target.take("lora_A.weight", r, target.inputs)
-        b = target.take("lora_B.weight", target.outputs, r)
+        a = target.take("lora_embedding_A" if looked_up else "lora_A.weight", r, target.inputs)
+        b = target.take("lora_embedding_B" if looked_up else "lora_B.weight", target.outputs, r)
         if kasa:
             a = a.float() * target.number("lora_diag", r).unsqueeze(1)
         subtract = _tail if kasa else _STARTS.get(start)
@@ -81,7 +81,8 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         if target.has("base_layer.weight"):
             _base_weight(target, weights)
 
-    each("lora", one, "lora")(checkpoint, draft, weights)
+    each("lora", one, "lora", types=(*LINEARS, SiteType.EMBEDDING))(checkpoint, draft, weights)
+    tokens.beside_lora(checkpoint, draft)
     if magnitude:
         draft.kind("dora")
 
@@ -91,7 +92,9 @@ def _magnitude(target: Target, part: LowRank, weight: torch.Tensor) -> None:
 
     Our scale acts after the sum, so the shift gives the bias back: (1 − g) b.
     """
-    norms = (weight + part.scale * part.b.float() @ part.a.float()).norm(dim=1)
+    change = part.scale * part.b.float() @ part.a.float()
+    looked_up = target.site.type is SiteType.EMBEDDING  # stored [vocabulary, width]: a norm for each hidden unit
+    norms = (weight + change.T).norm(dim=0) if looked_up else (weight + change).norm(dim=1)
     gain = target.number("lora_magnitude_vector", target.outputs) / norms
     bias = target.site.bias
     target.draft.put(target.name, Affine(scale=gain, shift=None if bias is None else (1 - gain) * bias))
@@ -115,7 +118,8 @@ _STARTS: Mapping[object, Callable[[torch.Tensor, int], Pair]] = {"pissa": _princ
 
 def _base_weight(target: Target, weights: Weights) -> None:
     """PEFT saves a targeted lm_head whole. Where it is the backbone's, it is left out; else it is this delta's."""
-    saved, ours = target.take("base_layer.weight", target.outputs, target.inputs), weights(target.name)
+    ours = weights(target.name)
+    saved = target.take("base_layer.weight", *ours.shape)
     if any(torch.equal(saved.to(kind).float(), ours) for kind in (torch.float32, torch.bfloat16, torch.float16)):
         return
     target.draft.kind("selective-module")

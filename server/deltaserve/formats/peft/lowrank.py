@@ -8,10 +8,8 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.peft import lora, options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
+from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each
-
-TARGETED = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
-TRAINED = frozenset({"init_weights", "fan_in_fan_out"})
 
 ADALORA_OPTIONS = options.Options(
     used=TARGETED | {"init_r", "lora_alpha", "rank_pattern", "bias"},

@@ -11,6 +11,10 @@ COMMON = frozenset({"peft_type", "task_type", "base_model_name_or_path", "module
 INERT = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"})
 """These change nothing at inference. `auto_mapping` and `revision` name code and files; they are never followed."""
 
+TARGETED = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
+TRAINED = frozenset({"init_weights", "fan_in_fan_out"})
+"""Inert keys of most tuners."""
+
 MOST_RANK = 1 << 14
 MOST_ENTRIES = 10_000
 

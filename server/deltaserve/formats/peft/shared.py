@@ -10,7 +10,7 @@ from deltaserve.errors import FailedPrecondition
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.lowrank import TARGETED, TRAINED
+from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each, targets
 
 VERA_OPTIONS = options.Options(

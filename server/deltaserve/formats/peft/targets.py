@@ -16,7 +16,7 @@ from deltaserve.formats.peft.matching import Patterns, targeted
 
 @dataclass(frozen=True)
 class Target:
-    """One targeted linear layer. `own` is the checkpoint's name for it, which its config's patterns are about."""
+    """One targeted module, mostly a linear layer. `own` is the checkpoint's name for it."""
 
     checkpoint: Checkpoint
     draft: Draft
@@ -58,12 +58,18 @@ Lower = Callable[[Checkpoint, Draft, Weights], None]
 Each = Callable[[Target, Weights], None]
 
 
-def each(kind: str, lower: Each, word: str = "") -> Lower:
-    """A tuner that treats each targeted module alike. With `word`, its `bias` may be none, all or `<word>_only`."""
+LINEARS = (SiteType.LINEAR, SiteType.CONV1D)
+
+
+def each(kind: str, lower: Each, word: str = "", types: tuple[SiteType, ...] = LINEARS) -> Lower:
+    """A tuner that treats each targeted module alike; `types` are those that it can be at.
+
+    With `word`, its config's `bias` may be none, all or `<word>_only`.
+    """
 
     def whole(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         draft.kind(kind)
-        found = list(targets(checkpoint, draft))
+        found = list(targets(checkpoint, draft, types))
         for target in found:
             lower(target, weights)
         biases(checkpoint, draft, found, word)
@@ -71,8 +77,8 @@ def each(kind: str, lower: Each, word: str = "") -> Lower:
     return whole
 
 
-def targets(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
-    """In the model's order. Raises BadCheckpoint where nothing is targeted, or what is no linear layer."""
+def targets(checkpoint: Checkpoint, draft: Draft, types: tuple[SiteType, ...] = LINEARS) -> Iterator[Target]:
+    """In the model's order. Raises BadCheckpoint where nothing is targeted, or what is not of `types`."""
     patterns = Patterns()
     matched = targeted(checkpoint.config, checkpoint.modules, patterns)
     for entry in matched.idle:
@@ -80,7 +86,7 @@ def targets(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
     for own in matched.modules:
         module = checkpoint.name(own)
         if not checkpoint.may_lack(module):
-            yield Target(checkpoint, draft, patterns, own, module, _linear(checkpoint, module))
+            yield Target(checkpoint, draft, patterns, own, module, _site(checkpoint, module, types))
 
 
 def biases(checkpoint: Checkpoint, draft: Draft, found: list[Target], word: str) -> None:
@@ -109,19 +115,19 @@ def _bias(checkpoint: Checkpoint, draft: Draft, module: str, name: str) -> None:
         draft.shift(module, after - before)
 
 
-def _linear(checkpoint: Checkpoint, module: str) -> Site:
+def _site(checkpoint: Checkpoint, module: str, types: tuple[SiteType, ...]) -> Site:
     site = checkpoint.backbone.sites.get(module)
-    kind = None if site is None else site.type
-    if site is None or kind not in (SiteType.LINEAR, SiteType.CONV1D, SiteType.EMBEDDING):
-        what = "no layer with weights" if kind is None else f"of type {kind}"
-        raise BadCheckpoint(
-            f"config key 'target_modules' means {module!r}, which is {what} here; linear layers can be targeted",
-            metadata={"module": module},
-        )
-    if kind is SiteType.EMBEDDING:
+    if site is not None and site.type in types:
+        return site
+    expected = " or ".join(sorted({kind.value for kind in types}))
+    if site is not None and site.type is SiteType.EMBEDDING:
         raise FailedPrecondition(
-            f"config key 'target_modules' means the embedding {module!r}; this release serves linear layers",
+            f"config key 'target_modules' means the embedding {module!r}; this release serves this type at {expected}",
             reason="OPTION_NOT_SERVED",
             metadata={"key": "target_modules", "module": module},
         )
-    return site
+    what = "no layer with weights" if site is None else f"of type {site.type}"
+    raise BadCheckpoint(
+        f"config key 'target_modules' means {module!r}, which is {what} here; expected is {expected}",
+        metadata={"module": module},
+    )

@@ -8,7 +8,7 @@ from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
 from deltaserve.errors import FailedPrecondition, InvalidArgument
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.peft import dense, heads, ia3, lora, lowrank, prompts, shared
+from deltaserve.formats.peft import dense, heads, ia3, lora, lowrank, norms, prompts, shared, sparse, tokens, turns
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import Options
@@ -46,6 +46,14 @@ TYPES: Mapping[str, Type] = {
     "FOURIERFT": Type(dense.FOURIERFT_OPTIONS, dense.fourierft),
     "C3A": Type(dense.C3A_OPTIONS, dense.c3a),
     "HIRA": Type(dense.HIRA_OPTIONS, dense.hira),
+    "OFT": Type(turns.OFT_OPTIONS, turns.oft),
+    "BOFT": Type(turns.BOFT_OPTIONS, turns.boft),
+    "ROAD": Type(turns.ROAD_OPTIONS, turns.road),
+    "SHIRA": Type(sparse.SHIRA_OPTIONS, sparse.shira),
+    "SUPERTUNING": Type(sparse.SUPERTUNING_OPTIONS, sparse.supertuning),
+    "LN_TUNING": Type(norms.LN_TUNING_OPTIONS, norms.ln_tuning),
+    "BEFT": Type(norms.BEFT_OPTIONS, norms.beft),
+    "TRAINABLE_TOKENS": Type(tokens.OPTIONS, tokens.lower),
     "PREFIX_TUNING": Type(prompts.PREFIX_OPTIONS, prompts.lower_prefix, _PROMPT),
     "PROMPT_TUNING": Type(prompts.PROMPT_OPTIONS, prompts.lower_prompt, _PROMPT),
     "P_TUNING": Type(prompts.P_TUNING_OPTIONS, prompts.lower_prompt, _PROMPT),
@@ -53,8 +61,9 @@ TYPES: Mapping[str, Type] = {
 
 KINDS = (
     *("lora", "dora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
-    *("loha", "lokr", "fourierft", "c3a", "hira", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning"),
-    *("bias", "head", "selective-module"),
+    *("loha", "lokr", "fourierft", "c3a", "hira", "oft", "boft", "road", "shira", "supertuning", "ln-tuning"),
+    *("beft", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning"),
+    *("trainable-tokens", "bias", "head", "selective-module"),
 )
 """What a delta may say it is: its methods first, what goes with them after."""
 

@@ -1,0 +1,132 @@
+"""Methods that turn rows by block-diagonal matrices: OFT, BOFT, RoAd. Never expanded to a dense weight."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from deltaserve.deltas.primitives import Affine, Block
+from deltaserve.deltas.sites import Weights
+from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.formats.peft import options
+from deltaserve.formats.peft.checkpoint import Checkpoint
+from deltaserve.formats.peft.draft import Draft
+from deltaserve.formats.peft.options import TARGETED, TRAINED
+from deltaserve.formats.peft.targets import Target, each
+
+OFT_OPTIONS = options.Options(
+    used=TARGETED
+    | {"r", "oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "bias"},
+    inert=TRAINED | {"module_dropout"},
+)
+BOFT_OPTIONS = options.Options(
+    used=TARGETED | {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "bias"},
+    inert=TRAINED | {"boft_dropout"},
+)
+ROAD_OPTIONS = options.Options(used=TARGETED | {"variant", "group_size"}, inert=TRAINED)
+
+
+def oft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
+    """y = (x R) Wᵀ + b, R of blocks by Cayley's transform of a skew matrix Q, or a series for it. arXiv 2306.07280."""
+    config = checkpoint.config
+    series = options.flag(config, "use_cayley_neumann")
+    terms = options.integer(config, "num_cayley_neumann_terms", 5, most=64)
+    constrained, eps = options.flag(config, "coft"), options.number(config, "eps", 6e-5)
+    shared = options.flag(config, "block_share")
+
+    def one(target: Target, _: Weights) -> None:
+        found = target.shape("oft_R.weight")
+        numbers = found[1] if len(found) == 2 else 0
+        width = round((1 + (1 + 8 * numbers) ** 0.5) / 2)
+        count = 1 if shared else target.inputs // max(width, 1)
+        if target.inputs % max(width, 1) or width * (width - 1) // 2 != numbers:
+            raise BadCheckpoint(f"tensor {target.name}.oft_R.weight has shape {list(found)}, which makes no blocks")
+        skew = _skew(target.number("oft_R.weight", count, numbers), width)
+        if constrained:
+            norms = skew.flatten(1).norm(dim=1)
+            skew = skew * (eps * count**-0.5 / norms).clamp_max(1.0).view(-1, 1, 1)
+        blocks = _neumann(skew, terms) if series else _cayley(skew)
+        draft.put(target.name, Block(blocks.expand(target.inputs // width, width, width).contiguous()))
+
+    each("oft", one, "oft")(checkpoint, draft, weights)
+
+
+def _skew(upper: torch.Tensor, width: int) -> torch.Tensor:
+    """[n, width, width] from upper triangles [n, width (width − 1) / 2], row by row."""
+    made = torch.zeros(upper.shape[0], width, width)
+    rows, columns = torch.triu_indices(width, width, 1)
+    made[:, rows, columns] = upper
+    return made - made.transpose(1, 2)
+
+
+def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """I + 2 Q + 2 Q² + ... + 2 Q^(t−2) + Q^(t−1): PEFT's series, which is not quite orthogonal."""
+    total = torch.eye(skew.shape[-1]).repeat(skew.shape[0], 1, 1)
+    if terms > 1:
+        total = total + 2 * skew
+        power = skew
+        for _ in range(2, terms - 1):
+            power = power @ skew
+            total = total + 2 * power
+        total = total + power @ skew
+    return total
+
+
+def _cayley(skew: torch.Tensor) -> torch.Tensor:
+    """(I − Q) (I + Q)⁻¹."""
+    eye = torch.eye(skew.shape[-1])
+    turned: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return turned
+
+
+def boft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
+    """y = s ⊙ (x C Wᵀ) + b, C = (I − K) (I + K)⁻¹ with K the skew part of R. arXiv 2311.06243."""
+
+    def one(target: Target, _: Weights) -> None:
+        found = target.shape("boft_R")
+        if len(found) != 4 or found[2] != found[3] or found[1] * found[2] != target.inputs:
+            raise BadCheckpoint(f"tensor {target.name}.boft_R has shape {list(found)}, which makes no blocks here")
+        if found[0] != 1:
+            raise FailedPrecondition(
+                f"{target.own!r} has {found[0]} butterfly factors; this release serves one, as PEFT makes on CPUs",
+                reason="OPTION_NOT_SERVED",
+                metadata={"key": "boft_n_butterfly_factor"},
+            )
+        r = target.number("boft_R", *found)[0]
+        draft.put(target.name, Block(_cayley((r - r.transpose(1, 2)) / 2)))
+        scale, bias = target.number("boft_s", target.outputs, 1).flatten(), target.site.bias
+        draft.put(target.name, Affine(scale=scale, shift=None if bias is None else (1 - scale) * bias))
+
+    each("boft", one, "boft")(checkpoint, draft, weights)
+
+
+def road(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
+    """Pairs (j, j + g/2) of each group of g outputs turn by θ and stretch by α, the bias included. arXiv 2409.00119."""
+    variant = options.choice(checkpoint.config, "variant", ("road_1", "road_2", "road_4"))
+    group = options.integer(checkpoint.config, "group_size", 64)
+
+    def one(target: Target, _: Weights) -> None:
+        if target.outputs % group or group % 2:
+            raise BadCheckpoint(f"config key 'group_size' is {group}, which does not divide {target.outputs} outputs")
+        count, half = target.outputs // group, group // 2
+        shape = _ROAD_SHAPES[variant](count, half)
+        theta, alpha = (
+            target.number(f"road_{word}", math.prod(shape)).view(shape).expand(count, shape[1], 2, half)
+            for word in ("theta", "alpha")
+        )
+        straight, crossed = alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
+        blocks = torch.zeros(count, group, group)
+        j = torch.arange(half)
+        blocks[:, j, j], blocks[:, j + half, j + half] = straight[:, 0], straight[:, 1]
+        blocks[:, j + half, j], blocks[:, j, j + half] = -crossed[:, 0], crossed[:, 1]
+        draft.put(target.name, Block(blocks, outputs=True))
+
+    each("road", one)(checkpoint, draft, weights)
+
+
+_ROAD_SHAPES: Mapping[str, Callable[[int, int], tuple[int, int, int, int]]] = {
+    "road_1": lambda count, half: (count, 1, 1, half),
+    "road_2": lambda count, half: (count, 1, 2, half),
+    "road_4": lambda count, half: (count, 2, 2, half),
+}
+"""Groups, numbers for cosine and sine apart or together, halves apart or together, pairs."""
