@@ -58,6 +58,11 @@ class SlotTable:
         self.addresses[slot] = 0
         self.generation += 1
 
+    def discard(self, slot: int) -> None:
+        """`drop`, where there is something."""
+        if slot in self:
+            self.drop(slot)
+
     def get(self, slot: int) -> Entry | None:
         return self._entries.get(slot)
 

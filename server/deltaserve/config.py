@@ -43,7 +43,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
-    """What `deltaserve serve` can be told. Unknown keys are errors; sizes may be written `8GiB`; 0 as a port picks one."""
+    """What `deltaserve serve` can be told. Unknown keys are errors; sizes may be like `8GiB`; 0 as a port picks one."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, validate_default=False

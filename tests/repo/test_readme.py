@@ -36,18 +36,56 @@ def commands() -> list[tuple[int, list[str]]]:
     return [(line, words) for line, text in prompted + plain if (words := shlex.split(text, comments=True))]
 
 
-def of(program: str) -> list[object]:
-    return [pytest.param(words[1:], id=f"line {line}") for line, words in commands() if words[0] == program]
+def of(program: str, *subcommands: str) -> list[object]:
+    """The words after `program`; only those of `subcommands`, if any are given."""
+    return [
+        pytest.param(words[1:], id=f"line {line}")
+        for line, words in commands()
+        if words[0] == program and (not subcommands or words[1] in subcommands)
+    ]
 
 
 def test_there_is_a_readme() -> None:
     assert README.is_file()
+    assert blocks("python")
+    assert {"demo", "test"} <= {words[1] for _, words in commands() if words[0] == "make"}
+
+
+def test_every_kind_and_family_is_named() -> None:
+    from deltaserve.backbone.families import FAMILIES
+    from deltaserve.formats.registry import KINDS
+
+    text = README.read_text().casefold().replace("³", "3").replace("-", "")
+    names = [*KINDS, *(family.name.replace("_", "") for family in FAMILIES)]
+    assert [name for name in names if name.replace("-", "") not in text] == []
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=f"line {line}") for line, code in blocks("python")])
-def test_python(code: str, readme_server: str) -> None:
-    """`readme_server` is the address of a running server that has the deltas which the README names."""
+def test_python(code: str, readme_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`readme_server` is the address of a running server that has the deltas which the README names.
+
+    What the code prints is what the block after it shows.
+    """
     exec(compile(DEFAULT_ADDRESS.sub(readme_server, code), str(README), "exec"), {"__name__": "__main__"})
+    text = README.read_text()
+    after = FENCE.search(text, text.index(code) + len(code) + len("```"))
+    assert after is not None
+    assert (after.group(1), capsys.readouterr().out.strip()) == ("text", after.group(2).strip())
+
+
+@pytest.mark.parametrize("words", of("deltaserve", "generate", "deltas", "info"))
+def test_request(words: list[str], readme_server: str, tmp_path: Path) -> None:
+    """Commands that ask a server are run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deltaserve", *words],
+        cwd=tmp_path,
+        env={"DELTASERVE_ADDRESS": readme_server, "COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("words", of("make"))

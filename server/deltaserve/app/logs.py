@@ -28,7 +28,15 @@ def configure(settings: Settings) -> None:
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people),
     ]
     ends: list[Any] = (
-        [_short, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), sort_keys=False)]
+        [
+            _short,
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stdout.isatty(),
+                sort_keys=False,
+                # Rich ones show locals, and so what callers sent.
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
+        ]
         if people
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     )

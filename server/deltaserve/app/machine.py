@@ -1,7 +1,6 @@
-"""What this machine lets the process have: cores, memory, ports. Containers count."""
+"""What this machine lets the process have: cores and memory. Containers count."""
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,24 +63,6 @@ def free_memory() -> int:
     free = int(psutil.virtual_memory().available)
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     return free if limit is None or used is None else max(0, min(free, limit - used))
-
-
-def check_port(host: str, port: int, flag: str) -> None:
-    """Tells before a backbone is loaded, not after. Raises FailedPrecondition where the port is taken."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise port_taken(host, port, flag, error) from error
-
-
-def port_taken(host: str, port: int, flag: str, error: OSError) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"cannot listen on {host}:{port}: {error.strerror or error}; {flag} and --host change them",
-        reason="PORT_TAKEN",
-    )
 
 
 def _quota(cgroup: Path) -> int | None:

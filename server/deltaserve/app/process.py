@@ -4,13 +4,15 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from deltaserve.app import logs
-from deltaserve.app.server import App
+from deltaserve.app import logs, ports
 from deltaserve.config import Settings
+
+if TYPE_CHECKING:
+    from deltaserve.app.server import App
 
 log = structlog.get_logger("deltaserve")
 
@@ -21,12 +23,16 @@ _LAST_WAIT = 5.0
 
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code. Raises DeltaserveError for what the operator can mend."""
+    for port, flag in ((settings.grpc_port, "--grpc-port"), (settings.metrics_port, "--metrics-port")):
+        ports.check(settings.host, port, flag)
+    from deltaserve.app.server import App  # brings torch, which takes seconds
+
     logs.configure(settings)
     app = App(settings)
     return asyncio.run(_serve(app, settings))
 
 
-async def _serve(app: App, settings: Settings) -> int:
+async def _serve(app: "App", settings: Settings) -> int:
     stop = asyncio.Event()
     _on_signals(app, stop)
     try:
@@ -54,13 +60,13 @@ async def _first_of(work: dict[str, Callable[[], Coroutine[Any, Any, Any]]]) -> 
         task.result()
 
 
-async def _traffic(app: App) -> None:
+async def _traffic(app: "App") -> None:
     while True:
         await asyncio.sleep(_TELL_EVERY)
         app.tell_traffic()
 
 
-def _on_signals(app: App, stop: asyncio.Event) -> None:
+def _on_signals(app: "App", stop: asyncio.Event) -> None:
     """The first signal drains, the second ends the drain."""
     loop = asyncio.get_running_loop()
 

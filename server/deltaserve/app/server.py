@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as version_of
 
 import structlog
 import torch
 
-from deltaserve.app import machine
+from deltaserve.app import machine, ports
 from deltaserve.app.summary import Summary, Traffic
 from deltaserve.backbone.load import load
 from deltaserve.catalog.catalog import Catalog
@@ -47,8 +48,6 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self._began = time.monotonic()
         self._settings = settings
-        for port, flag in ((settings.grpc_port, "--grpc-port"), (settings.metrics_port, "--metrics-port")):
-            machine.check_port(settings.host, port, flag)
         for name, _ in settings.deltas:
             parse_name(name, "delta")
         log.info("loading the backbone", backbone=settings.backbone)
@@ -116,7 +115,7 @@ class App:
         try:
             self.metrics_port = self.metrics.serve(settings.host, settings.metrics_port)
         except OSError as error:
-            raise machine.port_taken(settings.host, settings.metrics_port, "--metrics-port", error) from error
+            raise ports.taken(settings.host, settings.metrics_port, "--metrics-port", error) from error
         self._server = Server(
             InferenceServicer(self.served), self._deltas, self.metrics, int(settings.max_message_bytes)
         )
@@ -130,9 +129,11 @@ class App:
         assert self._server is not None
         served = asyncio.create_task(self._server.ended(), name="grpc")
         engine = asyncio.create_task(self._engine_ended(), name="engine")
-        done, late = await asyncio.wait((served, engine), return_when=asyncio.FIRST_COMPLETED)
-        for task in late:
-            task.cancel()
+        try:
+            done, _ = await asyncio.wait((served, engine), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            served.cancel()
+            engine.cancel()
         for task in done:
             task.result()
 
@@ -206,9 +207,8 @@ class App:
 
         self._on_loop(note)
 
-    def _on_loop(self, work: partial[None] | object) -> None:
+    def _on_loop(self, work: Callable[[], None]) -> None:
         """Metrics belong to the event loop; there is none any more when the last step ends late."""
-        assert callable(work)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(work)
 

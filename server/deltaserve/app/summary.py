@@ -58,7 +58,7 @@ class Summary:
         root = "" if self.delta_root else "; without --delta-root none can be loaded later"
         return {
             "backbone": f"{self.backbone} ({self.family}, {self.parameters:,} parameters)",
-            "device": f"{self.device}, {self.dtype}, {self.threads} threads",
+            "device": f"{self.device}, {self.dtype}, {_threads(self.threads)}",
             "inputs": f"{given}, {self.max_model_len} tokens at most",
             "memory": ", ".join(part for part in memory if part),
             "deltas": (", ".join(self.deltas) or "none yet") + root,
@@ -109,3 +109,7 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"

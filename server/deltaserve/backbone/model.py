@@ -121,14 +121,13 @@ class Backbone:
             self._prompts.put(slot, (delta.prompt.rows,))
 
     def remove(self, slot: int, delta: Delta) -> None:
-        """Takes back what `install` published."""
+        """Takes back what `install` published, or the part of it that it came to."""
         for name in delta.at:
             if name in self._attention:
-                self._attention[name].prefix.drop(slot)
-            else:
+                self._attention[name].prefix.discard(slot)
+            elif name in self._wrapped:
                 self._wrapped[name].remove(slot)
-        if delta.prompt is not None:
-            self._prompts.drop(slot)
+        self._prompts.discard(slot)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Rows:

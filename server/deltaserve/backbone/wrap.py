@@ -59,8 +59,7 @@ class WrappedModule:
     def remove(self, slot: int) -> None:
         """Takes a slot's primitives back; the last one gives the module its own forward back."""
         for table in self.tables.values():
-            if slot in table:
-                table.drop(slot)
+            table.discard(slot)
         self._here.discard(slot)
         if not self._here and self.site.axis is not Axis.MEMORY:
             self.module.__dict__.pop("forward", None)

@@ -188,6 +188,7 @@ class Catalog:
             if self._current.get(version.name) == key:
                 del self._current[version.name]
             self._drained[key] = Future()
+            self._drained[key].set_running_or_notify_cancel()  # who stops waiting for it cannot cancel it
             if not self._leases[key]:
                 self._drained[key].set_result(None)
         return version

@@ -111,7 +111,8 @@ def unload(
         screen.as_json(gone)
     else:
         names = ", ".join(each.reference for each in gone.deltas)
-        screen.line(f"unloaded {names}; {screen.size(gone.freed_bytes)} given back so far")
+        so_far = "" if wait else " so far"
+        screen.line(f"unloaded {names}; {screen.size(gone.freed_bytes)} given back{so_far}")
 
 
 def _show(delta: "DeltaInfo", json: bool) -> None:

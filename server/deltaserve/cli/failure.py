@@ -13,6 +13,8 @@ FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
 HINTS: Mapping[str, str] = {
     "UNREACHABLE": "is a server running there? `deltaserve serve BACKBONE` starts one; --address names another",
+    "NO_DELTA": "--delta NAME says who answers; --backbone asks the bare backbone",
+    "NO_DELTA_ROOT": "or name it at the start: --delta NAME=PATH",
     "DELTA_NOT_FOUND": "`deltaserve deltas ls` shows what the server has",
     "DELTA_EXISTS": "--replace makes it the next version",
     "INPUT_TOO_LONG": "--truncate start or --truncate end leaves tokens out",

@@ -76,7 +76,8 @@ class Engine:
         self._pool = Pool(settings.pool_bytes, SLOTS, backbone.device, DTYPES.get(settings.delta_dtype))
         self._residency = Residency(backbone, self._pool, fetch, self._post, self._load_failed)
         self._runner = Runner(backbone)
-        self._scheduler = Scheduler(self.limits, self._cache.self_tokens, self._cache.memory_tokens, self._acquire)
+        extents = self._cache.self_tokens, self._cache.memory_tokens
+        self._scheduler = Scheduler(self.limits, *extents, self._acquire, self._starves)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._outbox = Outbox()
@@ -304,6 +305,10 @@ class Engine:
             return True
         sequence.place = self._residency.pin(delta.key, delta.label)
         return sequence.place is not None
+
+    def _starves(self, sequence: Sequence) -> bool:
+        delta = sequence.request.delta
+        return delta is not None and self._residency.starves(delta.key)
 
     def _admit(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -4,6 +4,7 @@ A loader thread reads, lowers and copies; it never touches a table. Whoever wait
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +18,16 @@ from deltaserve.pool.pool import Pool, Resident
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 2.0
+"""Seconds that a delta waits for room while later requests pass and keep others pinned."""
+
 
 @dataclass(eq=False)
 class _Load:
-    """A load under way. `askers` get the device bytes; `demanded`: requests wait for it, so it may wait for room."""
+    """A load under way. `askers` get the device bytes; `demanded`: requests wait for it, so it may wait for room.
+
+    `blocked_since`: when it first found the pool full of deltas in use.
+    """
 
     key: int
     label: str
@@ -28,6 +35,7 @@ class _Load:
     askers: list[Future[int]] = field(default_factory=list)
     demanded: bool = False
     copying: bool = False
+    blocked_since: float | None = None
 
 
 class Residency:
@@ -71,6 +79,7 @@ class Residency:
         resident = self._pool.get(key)
         if resident is not None:
             resident.pins += 1
+            resident.promised = False
             self._pool.touch(key)
             return resident
         load = self._loads.get(key)
@@ -82,6 +91,12 @@ class Residency:
             self._place(load)
         return None
 
+    def starves(self, key: int) -> bool:
+        """Whether a delta has waited so long for room that nobody may take a pin before it gets some."""
+        load = self._loads.get(key)
+        since = None if load is None or load.copying else load.blocked_since
+        return since is not None and time.monotonic() - since > PATIENCE
+
     def unpin(self, resident: Resident) -> None:
         assert resident.pins > 0
         resident.pins -= 1
@@ -92,6 +107,9 @@ class Residency:
         assert self._uses[key] >= 0
         if self._uses[key] == 0:
             del self._uses[key]
+            resident = self._pool.get(key)
+            if resident is not None:
+                resident.promised = False
             self._free_if_unused(key)
 
     def retire(self, key: int, asker: Future[int]) -> None:
@@ -137,9 +155,10 @@ class Residency:
             return
         place = self._pool.reserve(load.key, load.label, delta)
         while place is None:
-            victim = self._pool.victim()
+            victim = self._pool.victim(promised=self.starves(load.key))
             if victim is None:
                 if load.demanded:
+                    load.blocked_since = load.blocked_since or time.monotonic()
                     return  # the scheduler asks again when something was unpinned
                 self._fail(load, _full(load.label, self._pool))
                 return
@@ -167,8 +186,16 @@ class Residency:
         if self._loads.get(load.key) is not load:  # it was failed when the engine stopped
             self._pool.release(place)
             return
-        with torch.inference_mode():
-            self._backbone.install(place.slot, copied)
+        try:
+            with torch.inference_mode():
+                self._backbone.install(place.slot, copied)
+        except Exception as error:  # one bad delta is no reason to stop the others
+            with torch.inference_mode():
+                self._backbone.remove(place.slot, copied)
+            self._pool.release(place)
+            self._fail(load, _typed(error, load.label))
+            return
+        place.promised = load.demanded and bool(self._uses.get(load.key))
         self._pool.publish(place, copied)
         del self._loads[load.key]
         for asker in load.askers:

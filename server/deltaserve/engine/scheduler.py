@@ -1,8 +1,8 @@
 """Which sequences are in the next forward. No torch here.
 
 Running sequences decode first; then waiting ones are admitted in order of arrival, under budgets of rows, sequences
-and KV tokens. A sequence whose delta is not on the device lets later ones pass; one that lacks KV does not, so that
-large requests are not starved by small ones.
+and KV tokens. A sequence whose delta is not on the device lets later ones pass, until it has waited too long for room;
+one that lacks KV does not, so that large requests are not starved by small ones.
 """
 
 from collections import deque
@@ -52,15 +52,24 @@ class Batch:
 
 
 class Scheduler:
-    """`acquire(sequence)` pins its delta and says True, or starts a load and says False."""
+    """`acquire(sequence)` pins its delta and says True, or starts a load and says False.
+
+    `starves(sequence)`: its delta finds no room because those behind it in the queue keep others pinned.
+    """
 
     def __init__(
-        self, limits: Limits, self_tokens: Extents, memory_tokens: Extents, acquire: Callable[[Sequence], bool]
+        self,
+        limits: Limits,
+        self_tokens: Extents,
+        memory_tokens: Extents,
+        acquire: Callable[[Sequence], bool],
+        starves: Callable[[Sequence], bool] = lambda _: False,
     ) -> None:
         self._limits = limits
         self._self = self_tokens
         self._memory = memory_tokens
         self._acquire = acquire
+        self._starves = starves
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -116,6 +125,8 @@ class Scheduler:
             if need > budget and not sequence.chunkable:
                 break
             if not self._acquire(sequence):
+                if self._starves(sequence):
+                    break
                 continue
             if not self._reserve(sequence):
                 break

@@ -16,7 +16,11 @@ _ALIGN = 256
 
 @dataclass(eq=False)
 class Resident:
-    """A delta in the arena. `slot` is what kernels know it by; `pins` counts the running requests that use it."""
+    """A delta in the arena. `slot` is what kernels know it by; `pins` counts the running requests that use it.
+
+    `promised`: it was loaded for a request that has not pinned it yet; two that wait would else evict each other's for
+    ever.
+    """
 
     key: int
     label: str
@@ -26,6 +30,7 @@ class Resident:
     kinds: tuple[str, ...]
     delta: Delta | None = None
     pins: int = 0
+    promised: bool = False
 
 
 class Pool:
@@ -96,9 +101,9 @@ class Pool:
     def touch(self, key: int) -> None:
         self._resident.move_to_end(key)
 
-    def victim(self) -> Resident | None:
-        """The least recently used delta that nobody uses, or None."""
-        return next((r for r in self._resident.values() if r.pins == 0), None)
+    def victim(self, promised: bool = False) -> Resident | None:
+        """The least recently used delta that nobody uses, or None; those that are promised only if told so."""
+        return next((r for r in self._resident.values() if r.pins == 0 and (promised or not r.promised)), None)
 
     def release(self, place: Resident) -> int:
         """Frees a slot and its range; returns the bytes. The caller has taken it out of the backbone's tables."""

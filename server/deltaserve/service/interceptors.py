@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ TASKS = {
     "/deltaserve.v1.InferenceService/Score": "score",
 }
 """What the metrics call a method; any other is `control`."""
+
+OURS = "/deltaserve."
+"""What all our methods begin with."""
 
 REJECTED = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE})
 
@@ -58,6 +61,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self, seconds: float) -> None:
+        """Returns when no call of our services runs, or after `seconds`."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
 
     async def intercept_service(
         self,
@@ -75,13 +86,27 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def behave(request: Any, context: Any) -> Any:
             call = _call(method, context)
             checked = _each(request) if kind[0] else request
-            return await self._guarded(call, lambda: around(inner, checked, call))
+            with self._counted(method):
+                return await self._guarded(call, lambda: around(inner, checked, call))
 
         return _MAKE[kind](
             behave,
             request_deserializer=_forgiving(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    @contextmanager
+    def _counted(self, method: str) -> Iterator[None]:
+        ours = method.startswith(OURS)
+        self._open += ours
+        if self._open:
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open -= ours
+            if not self._open:
+                self._idle.set()
 
     @staticmethod
     async def _single(inner: Behaviour, request: Any, call: Call) -> Any:

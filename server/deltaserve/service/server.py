@@ -1,5 +1,6 @@
 """The gRPC server: options, health, reflection, and which servicers stand behind it."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,13 +38,18 @@ def options(max_message_bytes: int) -> Sequence[tuple[str, int]]:
     )
 
 
+_FLUSH = 0.2
+"""Seconds for the last statuses to leave."""
+
+
 class Server:
     """Not listening before `start`, not SERVING before `ready`."""
 
     def __init__(
         self, inference: InferenceServicer, deltas: DeltaServicer, metrics: Metrics, max_message_bytes: int
     ) -> None:
-        self._server = grpc.aio.server(interceptors=(Interceptor(metrics),), options=options(max_message_bytes))
+        self._interceptor = Interceptor(metrics)
+        self._server = grpc.aio.server(interceptors=(self._interceptor,), options=options(max_message_bytes))
         self._health = health.HealthServicer()
         add_inference: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
         add_deltas: Any = deltas_pb2_grpc.add_DeltaServiceServicer_to_server
@@ -76,11 +82,16 @@ class Server:
 
     async def ended(self) -> None:
         """Returns when the server does not serve any more."""
-        await self._server.wait_for_termination()
+        # Shielded: gRPC would never stop after a cancelled wait.
+        await asyncio.shield(self._server.wait_for_termination())
 
     async def stop(self, grace: float) -> None:
-        """No new calls; those that run get `grace` seconds, then they are cancelled."""
-        await self._server.stop(grace)
+        """No new calls; those of our services that run get `grace` seconds, then all are cancelled.
+
+        Others, such as watches of the health, may last for ever and are not waited for.
+        """
+        await self._interceptor.idle(grace)
+        await self._server.stop(_FLUSH)
 
     async def _all(self, status: Any) -> None:
         for name in ("", *NAMES):

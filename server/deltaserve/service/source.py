@@ -29,9 +29,11 @@ def below(root: Path | None, given: str) -> Path:
         folder = (top / path).resolve()
         _inside(folder, top, given)
         for file in folder.iterdir() if folder.is_dir() else ():
-            _inside(file.resolve(), top, given)
-    except (OSError, RuntimeError) as error:
-        raise _bad(f"cannot be read: {error}", given) from error
+            if file.is_file():  # folders in it are nobody's checkpoint
+                _inside(file.resolve(), top, given)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        why = getattr(error, "strerror", None) or "its links go round in a circle"
+        raise _bad(f"cannot be read: {why}", given) from error
     return folder
 
 

@@ -109,6 +109,8 @@ class Text:
                 None if source is None else Span(source, *offset)
                 for source, offset in zip(sources, made["offset_mapping"], strict=True)
             )
+        if "token_type_ids" not in self._tokenizer.model_input_names:
+            types = None  # its model was never given any
         mask = made["special_tokens_mask"] if special else (0,) * len(ids)
         return Encoding(ids, None if types is None else tuple(types), tuple(map(bool, mask)), segments, spans)
 

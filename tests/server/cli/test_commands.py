@@ -143,7 +143,7 @@ def test_deltas(command: Any, server: Any, delta: deltas_pb2.Delta) -> None:
     row = command("deltas", "ls").out.splitlines()[2].split()
     assert row[:3] == ["acme/yes@2", "lora", "head"]
     assert row[-7:] == ["1.5", "M", "3.0", "MiB", "resident", "0", "1"]
-    assert command("deltas", "unload", "acme/yes", "--wait").out == "unloaded acme/yes@2; 1.5 KiB given back so far\n"
+    assert command("deltas", "unload", "acme/yes", "--wait").out == "unloaded acme/yes@2; 1.5 KiB given back\n"
     assert json.loads(command("deltas", "ls", "--json").out)[0]["labels"] == ["no", "yes"]
     assert json.loads(command("deltas", "unload", "acme/yes", "--json").out)["freed_bytes"] == 1536
     assert server.requests[0] == deltas_pb2.LoadDeltaRequest(

@@ -1,5 +1,6 @@
 """Deltas come, go and come again beside running requests."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -168,3 +169,48 @@ def test_a_load_goes_on_when_its_caller_goes_away(drive, make_delta: MakeDelta):
     assert asked.result(PATIENCE) > 0 and driver.engine.stats().resident == (1,)
     assert not driver.engine.retire(1).cancel()
     driver.until(lambda: driver.engine.stats().resident == ())
+
+
+def test_requests_in_a_row_do_not_keep_another_delta_out(drive, make_delta: MakeDelta, monkeypatch):
+    """The pool holds one delta; overlapping requests for it never let its pins go, and one for another must end."""
+    monkeypatch.setattr("deltaserve.engine.residency.PATIENCE", 0.2)
+    driver = drive("llama", pool_bytes=40_000)
+    for key in range(2):
+        driver.publish(key, make_delta("lowrank", driver.backbone.spec, seed=key))
+    driver.finished(generate("warm", 2, delta=driver.ref(0)))
+    assert driver.engine.stats().resident == (0,)
+    stop = threading.Event()
+    crowd = [generate(f"crowd-{i}", 40, delta=driver.ref(0)) for i in range(400)]
+
+    def overlap() -> None:
+        for request in crowd:
+            if stop.is_set():
+                return
+            driver.submit(request)
+            driver.until(lambda r=request: len(driver.output(r.id)) > 20 or r.id in driver.ended or stop.is_set())
+
+    thread = threading.Thread(target=overlap)
+    thread.start()
+    try:
+        driver.until(lambda: driver.engine.stats().running > 0)
+        driver.submit(generate("other", 4, delta=driver.ref(1)))
+        driver.results("other")
+        assert len(driver.ended) < len(crowd), "it ended only when the crowd had gone"
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+    driver.until(lambda: driver.engine.stats().running + driver.engine.stats().waiting == 0)
+    driver.idle()
+
+
+def test_a_delta_that_cannot_be_installed_fails_alone(drive, make_delta: MakeDelta, caplog):
+    driver = drive("llama")
+    good = make_delta("lowrank", driver.backbone.spec)
+    site, primitives = next(iter(good.at.items()))
+    bad = dataclasses.replace(good, at={site: primitives, "model.no.such.module": primitives})
+    with pytest.raises(Internal):
+        driver.publish(1, bad)
+    driver.publish(2, good)
+    driver.finished(generate("after", 4, delta=driver.ref(2)))
+    assert driver.engine.stats().resident == (2,)
+    driver.idle()

@@ -1,0 +1,66 @@
+"""The benches run, say what they found in one schema, and the README quotes what they found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VARIANTS = 6
+MEASURED = {"median", "low", "high", "samples"}
+
+
+def bench(root: Path, *arguments: str, seconds: float = 100) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=seconds
+    )
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_micro(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "micro.jsonl"
+    done = bench(root, "micro", "--quick", "--tiny", "--threads", "1", "--out", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PEFT mixed batch" in done.stdout
+    found = rows(file)
+    cases = {json.dumps({**row["parameters"], "variant": ""}) for row in found}
+    assert len(found) == VARIANTS * len(cases)
+    assert len(cases) >= 3
+    for row in found:
+        assert row["outcome"] == "measured"
+        assert set(row["seconds"]) == set(row["ratio"]) == MEASURED
+        assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
+        assert row["origin"]["threads"] == 1
+        assert row["origin"]["versions"]["torch"]
+    checked = {row["parameters"]["variant"] for row in found if row["error_ratio"] is not None}
+    assert len(checked) == 4, "all of ours are compared with transformers' or PEFT's result"
+
+
+def test_gpu_says_that_there_is_none(root: Path, tmp_path: Path) -> None:
+    done = bench(root, "gpu", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout.startswith("no GPU")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_gpu_entry_on_the_cpu(root: Path, tmp_path: Path) -> None:
+    done = bench(root, "gpu", "--device", "cpu", "--tiny", "--threads", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = {row["name"]: row["outcome"] for row in rows(tmp_path / "gpu.jsonl")}
+    assert outcomes["gpu.op"] == outcomes["gpu.engine"] == "right"
+    assert outcomes["gpu.graphs"] == "not yet"
+    assert outcomes["micro.decode"] == "measured"
+
+
+def test_readme_quotes_the_results(root: Path) -> None:
+    done = bench(root, "report")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (root / "README.md").read_text()
