@@ -53,6 +53,7 @@ class App:
         log.info("loading the backbone", backbone=settings.backbone)
         backbone = load(
             settings.backbone,
+            served_name=settings.served_name,
             revision=settings.revision,
             tokenizer=settings.tokenizer,
             dtype=settings.dtype,
@@ -85,7 +86,7 @@ class App:
         self._tokenizing = Aside("tokenizer", settings.max_queued, one_core)
         self._reading = Aside("reader", settings.max_queued, one_core)
         self.served = Served(
-            name=settings.served_name or settings.backbone,
+            name=backbone.name,
             backbone=backbone,
             engine=self.engine,
             catalog=self.catalog,

@@ -20,9 +20,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    name: str, *, revision: str | None = None, tokenizer: str | None = None, dtype: str = "auto", device: str = "auto"
+    name: str,
+    *,
+    served_name: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> Backbone:
-    """Loads a backbone and opens it up.
+    """Loads a backbone and opens it up; from then on it is called `served_name`, or else `name`.
 
     `name` is a folder or a Hub id, `tokenizer` another one for the tokenizer only. `dtype` `auto` is bfloat16 on GPUs
     and on CPUs that multiply it natively, else float32. `device` is `auto`, `cpu`, `cuda` or `cuda:n`. Without a
@@ -36,7 +42,7 @@ def load(
     model = _model(name, revision, family.loader, config, kind)
     missing = _missing(name, model[1], family.pooler, family.prefix)
     backbone = Backbone(
-        name=name,
+        name=served_name or name,
         family=family,
         model=model[0].to(place).eval().requires_grad_(False),
         tokenizer=_tokenizer(tokenizer or name, None if tokenizer else revision),
