@@ -204,6 +204,15 @@ def test_truncation_leaves_tokens_out_where_it_was_told_to(gpt2: Any) -> None:
     assert "90 tokens" in failure.message and "60" in failure.message
 
 
+def test_text_that_cannot_fit_is_not_even_tokenised(gpt2: Any) -> None:
+    most = 128 * 64
+    asked = {"backbone": True, "truncate": pb.TRUNCATE_END, "sampling": pb.Sampling(max_new_tokens=1)}
+    assert gpt2("Generate", inputs=text("a" * most), **asked).results[0].samples
+    failure = gpt2.fails("Generate", inputs=text("a" * (most + 1)), **asked)
+    assert failure.code == "INVALID_ARGUMENT" and failure.reason == "INPUT_TOO_LONG"
+    assert f"{most + 1} characters" in failure.message and str(most) in failure.message
+
+
 def test_special_tokens_can_be_left_out(t5: Any) -> None:
     few = pb.Sampling(max_new_tokens=1)
     asked = {"backbone": True, "inputs": text("abc"), "sampling": few}

@@ -11,6 +11,8 @@ from deltaserve_protos.v1 import inference_pb2 as pb
 
 MOST_INPUTS = 64
 MOST_CONTINUATIONS = 64
+CHARACTERS_A_TOKEN = 128
+"""Text of more characters than this for each token that fits is refused unread: one thread tokenises for all."""
 
 _CUTS = {
     pb.TRUNCATE_UNSPECIFIED: Cut.NONE,
@@ -80,6 +82,7 @@ class Reader:
         special = asking.add_special_tokens if asking.HasField("add_special_tokens") else True
         encodings = []
         for index, (given, need) in enumerate(zip(asking.inputs, needs, strict=True)):
+            _check_characters(given, room, index)
             whole = self._encoded(given, special, f"inputs[{index}]")
             encodings.append(_fitted(whole, room, need, cut, index))
         return encodings
@@ -152,6 +155,17 @@ def check_outputs(room: Room, need: Need, field: str) -> None:
             f"{need.label} {need.outputs}{beside} is over the limit of {room.limit} tokens",
             field=field,
             metadata={"limit": str(room.limit), "prompt_rows": str(room.prompt)},
+        )
+
+
+def _check_characters(given: pb.Input, room: Room, index: int) -> None:
+    characters, most = len(given.text) + len(given.text_pair), CHARACTERS_A_TOKEN * room.limit
+    if characters > most:
+        raise InvalidArgument(
+            f"input {index} has {characters} characters; {most} are read at most, for a limit of {room.limit} tokens",
+            reason="INPUT_TOO_LONG",
+            field=f"inputs[{index}]",
+            metadata={"input": str(index), "characters": str(characters), "limit": str(most)},
         )
 
 
