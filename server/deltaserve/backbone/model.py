@@ -1,7 +1,7 @@
 """A frozen backbone whose forward takes packed rows of many requests, each row with its own delta."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from deltaserve.backbone.norm import WrappedNorm
 from deltaserve.backbone.wrap import WrappedModule
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.primitives import Prefix
-from deltaserve.deltas.sites import Axis, SiteType
+from deltaserve.deltas.sites import Axis, Site, SiteType
 from deltaserve.plan import KeysValues, Now, Plan, Stack
 from deltaserve_kernels.attention import PrefixTable, RelativeBias
 from deltaserve_kernels.embed import PromptTable, prompt_rows
@@ -227,7 +227,7 @@ class Backbone:
         return pooler if self.family.pooler + ".dense" in self.spec.sites else None
 
 
-_WRAPS = {
+_WRAPS: Mapping[SiteType, Callable[[Site, torch.nn.Module, Now, int, torch.device], WrappedModule]] = {
     SiteType.LINEAR: WrappedLinear,
     SiteType.CONV1D: WrappedLinear,
     SiteType.EMBEDDING: WrappedEmbedding,

@@ -5,6 +5,7 @@ deltas runs transformers' own code. The exception are linears on `memory` rows: 
 that admit nobody do not read their weights for one dummy row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ Columns = tuple[tuple[torch.Tensor | None, ...], tuple[float, ...]]
 """What a table keeps of a primitive: tensors in the table's order, and scalars."""
 
 
-class WrappedModule:
+class WrappedModule(ABC):
     """What all wrapped modules have in common; `linear`, `norm` and `embedding` say what their rows get.
 
     `tables` has one table for each primitive that can act here, by the name that `placed` gives it. A subclass
@@ -42,9 +43,9 @@ class WrappedModule:
         """The table that a primitive goes to, and what it keeps there."""
         raise AssertionError(f"{type(primitive).__name__} cannot act at {self.site.name}")
 
+    @abstractmethod
     def applied(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
         """The module's output for rows of which some have something here."""
-        raise NotImplementedError
 
     def install(self, slot: int, primitives: Sequence[SitePrimitive]) -> None:
         """Publishes a slot's primitives, whose tensors are on the device. At most one for each table."""

@@ -73,7 +73,7 @@ def _until_interrupted(server: Server) -> None:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does, so that the server, a session of its own, does not outlive it."""
+    """SIGTERM ends the demo as Ctrl-C does, so that the server, in a process group of its own, does not outlive it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
