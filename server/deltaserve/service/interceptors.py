@@ -135,6 +135,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             code = _coded(call.context.code())
             raise
+        except grpc.aio.InternalError:
+            # What gRPC raises where a caller left while an answer was being written; nobody is there to be told.
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if call.expired else grpc.StatusCode.CANCELLED
+            return None
         except Exception as caught:
             error = self._told(call, caught)
             code = status.code(error)
