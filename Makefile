@@ -47,8 +47,8 @@ lint: $(VENV)/.dev  ## Check style, types, imports between rooms, generated code
 protos: $(VENV)/.dev  ## Generate the code of protos/ again
 	$(BIN)/python protos/generate.py
 
-bench: $(VENV)/.dev  ## Measure what the deltas cost; writes bench/results
-	$(BIN)/python bench/micro.py $(ARGS)
+bench: $(VENV)/.dev  ## Measure what deltas cost per forward (minutes, on a quiet machine); writes bench/results
+	$(BIN)/python -m bench micro $(ARGS)
 
 clean:  ## Remove .venv and everything else that was made here
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
