@@ -1,99 +1,10 @@
 """`python -m bench`, from the repository's root."""
 
-import sys
-from functools import partial
-from pathlib import Path
-from typing import Annotated
+import os
 
-import torch
-import typer
-from rich.console import Console
+# As in `deltaserve serve`: threads sleep at barriers. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from bench import gpu as on_gpu
-from bench import micro as forward_costs
-from bench import report as results
-from bench import screen
-from bench.origin import ROOT, origin
-from bench.rows import Row, write
+from bench.program import app
 
-RESULTS = ROOT / "bench" / "results"
-
-app = typer.Typer(
-    help="Measurements. Rows go to JSON lines, medians and ratios to the screen.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-console = Console(width=None if sys.stdout.isatty() else 120)
-
-Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds.")]
-Tiny = Annotated[bool, typer.Option("--tiny", help="Tiny backbones: to try the bench out, not for figures.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.", show_default="torch's own")]
-Seed = Annotated[int, typer.Option(help="Of weights, inputs and orders.")]
-
-
-@app.command()
-def micro(
-    out: Annotated[Path, typer.Option(help="File for the rows.")] = RESULTS / "micro.jsonl",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:n.")] = "cpu",
-    quick: Quick = False,
-    tiny: Tiny = False,
-    threads: Threads = None,
-    seed: Seed = 0,
-) -> None:
-    """The cost of a packed forward: without deltas, with deltas that no row uses, with a LoRA for each request."""
-    place = _start(device, threads)
-    chosen = forward_costs.cases(place, quick=quick, tiny=tiny)
-    rows: list[Row] = []
-    with screen.progress(console) as bar:
-        for case in chosen:
-            task = bar.add_task(str(case), total=case.rounds * forward_costs.VARIANTS)
-            rows += forward_costs.run(case, place, seed, partial(bar.advance, task))
-            if not console.is_terminal:
-                console.print(f"done: {case}")
-    write(out, rows, origin(seed, place))
-    console.print(
-        screen.times(rows, forward_costs.KEYS, "one forward of 8 requests ÷ transformers' own, medians of rounds")
-    )
-    console.print(f"{len(rows)} rows in {out}")
-    raise typer.Exit(any(row.outcome == "wrong" for row in rows))
-
-
-@app.command()
-def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for the rows.")],
-    device: Annotated[str, typer.Option(help="cuda, cuda:n; cpu tries this command out.")] = "cuda",
-    minutes: Annotated[float, typer.Option(help="Nothing is begun after this time.")] = 7.0,
-    tiny: Tiny = False,
-    threads: Threads = None,
-    seed: Seed = 0,
-) -> None:
-    """All that needs a GPU in one go: are kernels and engine right there, and how fast. Exits with 2 without one."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        console.print("no GPU that torch can use: nothing was run (--device cpu tries this command out)")
-        raise typer.Exit(2)
-    place = _start(device, threads)
-    rows: list[Row] = []
-    for row in on_gpu.run(place, seed, minutes * 60, tiny=tiny):
-        told = "" if row.error_ratio is None else f" {row.error_ratio:.1e}"
-        console.print(f"{row.name} {' '.join(map(str, row.parameters.values()))}: {row.outcome}{told} {row.note}")
-        rows.append(row)
-        write(out / "gpu.jsonl", rows, origin(seed, place))
-    on_gpu.show(console, rows)
-    console.print(f"{len(rows)} rows in {out / 'gpu.jsonl'}, on {origin(seed, place).device}")
-    raise typer.Exit(any(row.outcome == "wrong" for row in rows))
-
-
-@app.command()
-def report(file: Annotated[Path, typer.Argument(help="Rows of micro.")] = RESULTS / "micro.jsonl") -> None:
-    """Results as the Markdown that the README quotes."""
-    print(results.table(file))
-
-
-def _start(device: str, threads: int | None) -> torch.device:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return torch.device(device)
-
-
-if __name__ == "__main__":
-    app(prog_name="python -m bench")
+app(prog_name="python -m bench")

@@ -9,6 +9,7 @@ import torch
 
 from bench import agreement, deltas, forwards, shapes
 from bench.clock import Variant, interleaved, ratios
+from bench.quiet import Others
 from bench.rows import Row, Spread
 from deltaserve.backbone.load import DTYPES, native_bfloat16
 from deltaserve.deltas.delta import Delta
@@ -87,11 +88,14 @@ def run(case: Case, device: torch.device, seed: int, advance: Callable[[], objec
         PEFT: lambda: forward.plain(copy.deepcopy(held).float(), adapter_names=names),
     }
     agreed = agreement.of(variants, REFERENCES, truth if dtype is not torch.float32 else None)
-    seconds = interleaved(variants, case.rounds, device, seed, advance)
-    return [_row(case, name, seconds, agreed.get(name)) for name in seconds]
+    with Others() as others:
+        seconds = interleaved(variants, case.rounds, device, seed, advance)
+    return [_row(case, name, seconds, agreed.get(name), others.cores) for name in seconds]
 
 
-def _row(case: Case, name: str, seconds: Mapping[str, list[float]], agreed: agreement.Agreement | None) -> Row:
+def _row(
+    case: Case, name: str, seconds: Mapping[str, list[float]], agreed: agreement.Agreement | None, others: float
+) -> Row:
     return Row(
         name=f"micro.{case.work}",
         outcome="measured" if agreed is None or agreed.right else "wrong",
@@ -101,6 +105,7 @@ def _row(case: Case, name: str, seconds: Mapping[str, list[float]], agreed: agre
         against=PLAIN,
         error_ratio=None if agreed is None else agreed.error_ratio,
         limit=None if agreed is None else agreed.limit,
+        others=others,
     )
 
 

@@ -31,7 +31,7 @@ class Row:
 
     `seconds` is the time of one run; `ratio` that time over the one of the variant `against` in the same round, so what
     slows the whole machine for a while is in both. `error_ratio` compares results with a reference and is right up to
-    `limit`. `note` says why a row is left out.
+    `limit`. `others`: cores that other processes kept busy meanwhile. `note` says why a row is left out.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Row:
     against: str | None = None
     error_ratio: float | None = None
     limit: float | None = None
+    others: float | None = None
     note: str = ""
 
 

@@ -10,18 +10,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from methods import cases, covering
 from reference import Prepared, prepare
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    """`prepared("t5")`, made once."""
-    return functools.cache(lambda family: prepare(family, tmp_path_factory.mktemp(family)))
+    """`prepared("t5")` has a part of the family's cases, `prepared("t5/all")` has all of them; each is made once."""
+
+    @functools.cache
+    def make(name: str) -> Prepared:
+        family, _, part = name.partition("/")
+        return prepare(family, (cases if part else covering)(family), tmp_path_factory.mktemp(family))
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def server(prepared: Callable[[str], Prepared]) -> Iterator[Callable[[str], str]]:
-    """`server("t5")` is the address of a real server process with that backbone, in float32."""
+    """`server(name)` is the address of a real server process for `prepared(name)`, in float32."""
     running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
 
     def start(family: str) -> str:

@@ -102,7 +102,7 @@ for _family in (
         "AutoModel", "FEATURE_EXTRACTION", ("query", "value", "dense"), r".*layer\.1.*(key|output\.dense)",
         (("key", "value", "output.dense"), ("output.dense",)), embedding="word_embeddings", few=True,
     ),
-    _llama_like("mistral", "Mistral", sliding_window=6),
+    _llama_like("mistral", "Mistral", sliding_window=9),
     _llama_like("qwen2", "Qwen2"),
     _llama_like("qwen3", "Qwen3", head_dim=12),
     _llama_like("gemma", "Gemma", head_dim=16),

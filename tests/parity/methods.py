@@ -28,6 +28,16 @@ def _ia3(family: Family) -> Any:
     return peft.IA3Config(target_modules=list(family.ia3[0]), feedforward_modules=list(family.ia3[1]))
 
 
+def _cpt(family: Family) -> Any:
+    return peft.CPTConfig(
+        task_type=family.task, cpt_token_ids=[9, 30, 7, 50, 11], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 2, 3, 4],
+        opt_projection_epsilon=2.0, opt_projection_format_epsilon=1.0,
+    )  # fmt: skip
+
+
+NORM = {"t5": "layer_norm", "flan-t5": "final_layer_norm", "bert": "LayerNorm", "gpt2": "ln_2", "llama": "norm"}
+"""A norm of each family that is tried in full."""
+
 METHODS: Mapping[str, Make] = {
     "lora": _lora(),
     "lora-rslora": _lora(use_rslora=True, r=5, target_modules=lambda f: list(f.linears)),
@@ -61,6 +71,26 @@ METHODS: Mapping[str, Make] = {
     "tokens": _tuner("TrainableTokens", target_modules=lambda f: [f.embedding], token_indices=list(range(40, 4, -1))),
     "ln-tuning": lambda f: peft.LNTuningConfig(target_modules=f.norms),
     "ia3": _ia3,
+    "randlora": _tuner("RandLora", r=6, randlora_alpha=18, target_modules=lambda f: list(f.linears)),
+    "waveft": _tuner("WaveFT", n_frequency=70, scaling=10.0),
+    "waveft-direct": _tuner("WaveFT", n_frequency=50, scaling=5.0, use_idwt=False, proportional_parameters=True),
+    "unilora": _tuner("UniLora", r=4, theta_d_length=500, proj_seed=3),
+    "unilora-saved": _tuner("UniLora", r=3, theta_d_length=400, save_indices=True),
+    "tinylora": _tuner("TinyLora", r=3, u=16, target_modules=lambda f: list(f.linears)),
+    "tinylora-tied": _tuner("TinyLora", r=2, u=16, weight_tying=0.6, save_projection=False, projection_seed=9),
+    "deft": _tuner("Deft", r=4, alpha=6),
+    "deft-qr": _tuner("Deft", r=4, decomposition_method="qr", bias="deft_only"),
+    "deft-para": _tuner("Deft", r=4, para=True),
+    "frod": _tuner("Frod", sparse_rate=0.05, progressbar=False),
+    "mica": _lora(init_lora_weights="mica"),
+    "velora": _lora(velora_config=lambda f: peft.VeloraConfig(num_groups=8)),
+    "monteclora": _lora(monteclora_config=lambda f: peft.MontecloraConfig(num_samples=2, buffer_size=2)),
+    "lora-parameters": _lora(
+        target_modules=[], target_parameters=lambda f: [f"{f.linears[0]}.weight", f"{f.linears[-1]}.weight"]
+    ),
+    "lora-saved-norm": _lora(modules_to_save=lambda f: [NORM[f.name]]),
+    "lora-saved-embedding": _lora(modules_to_save=lambda f: ["embed_tokens" if f.encoder_decoder else f.embedding]),
+    "cartridge": lambda f: peft.CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2, **f.prefix),
     "prefix": lambda f: peft.PrefixTuningConfig(num_virtual_tokens=5, **f.prefix),
     "prefix-projected": lambda f: peft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16, **f.prefix
@@ -84,19 +114,48 @@ LINEAR_ONLY: Mapping[str, Make] = {
     "oft": _tuner("OFT", oft_block_size=8, r=0),
     "oft-cayley": _tuner("OFT", oft_block_size=4, r=0, use_cayley_neumann=False),
     "oft-coft": _tuner("OFT", oft_block_size=8, r=0, coft=True, eps=0.3),
+    "oft-series": _tuner("OFT", oft_block_size=4, r=0, num_cayley_neumann_terms=3),
     "oft-shared": _tuner("OFT", oft_block_size=8, r=0, block_share=True),
     "boft": _tuner("BOFT", boft_block_size=8),
     "road-1": _tuner("Road", variant="road_1", group_size=8),
     "road-2": _tuner("Road", variant="road_2", group_size=8),
     "road-4": _tuner("Road", variant="road_4", group_size=4),
     "shira": _tuner("Shira", r=4),
+    "supertuning": _tuner("Supertuning", sparsity=0.05, save_precomputed_indices=True),
+    "supertuning-lora": _tuner("Supertuning", sparsity=0.02, r=3, lora_alpha=5, save_precomputed_indices=True),
     "beft": _tuner("Beft"),
+    "olora": _lora(init_lora_weights="olora", target_modules=lambda f: list(f.linears)),
+    "bdlora": _lora(
+        target_modules=lambda f: list(f.linears),
+        use_bdlora=lambda f: peft.BdLoraConfig(
+            target_modules_bd_a=[f.linears[0]], target_modules_bd_b=[f.linears[1]], nblocks=2, match_strict=False
+        ),
+    ),
+    "glora": _tuner("Glora", r=4),
+    "glora-vector": _tuner(
+        "Glora", target_modules=lambda f: [f.linears[1]], config_A_B="vector", config_C="vector", config_D_E="vector"
+    ),
+    "peanut": _tuner("Peanut", r=6, act_fn="gelu"),
+    "peanut-deep": _tuner("Peanut", r=4, depth=2, scaling=2.0),
+    "psoft": _tuner("Psoft", r=6, psoft_alpha=9),
+    "psoft-series": _tuner(
+        "Psoft", r=5, ab_svd_init="pissa_init", use_cayley_neumann=True, cayley_neumann_eps=0.4, psoft_mag_a=False
+    ),
+    "psoft-free": _tuner("Psoft", r=4, psoft_orth=False, psoft_mag_b=False),
+    "poly": _tuner("Poly", r=4, n_skills=3, n_splits=2),
+    "osf": _tuner("OSF", effective_rank=0.8),
+    "osf-half": _tuner("OSF"),
 }
 """PEFT does these at nn.Linear alone, so not on GPT-2."""
 GENERATING: Mapping[str, Make] = {
     "lora-lm-head": _lora(target_modules=lambda f: [f.linears[0], "lm_head"]),
     "lora-saved-head": _lora(modules_to_save=["lm_head"]),
 }
+DECODERS: Mapping[str, Make] = {
+    "cpt": _cpt,
+    "multitask-prompt": lambda f: peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_ranks=3),
+}
+"""PEFT does these at causal language models alone."""
 HEADED = ("lora", "lora-bias-all", "ia3", "prefix", "prompt")
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 NO_TOKEN_HEAD = ("gemma3", "opt")
@@ -124,6 +183,7 @@ def cases(family: str) -> list[Case]:
     """Every delta that is tried on a family."""
     row = FAMILIES[family]
     methods = [*METHODS, *(LINEAR_ONLY if family != "gpt2" else ()), *(GENERATING if family not in ENCODERS else ())]
+    methods += DECODERS if row.task == "CAUSAL_LM" else ()
     plain = [Case(family, method, row.task) for method in methods if method in FEW or not row.few]
     tasks = () if row.encoder_decoder else ("SEQ_CLS",) if family in NO_TOKEN_HEAD else ("SEQ_CLS", "TOKEN_CLS")
     headed = [
@@ -136,8 +196,26 @@ def cases(family: str) -> list[Case]:
     return plain + headed
 
 
+def covering(family: str) -> list[Case]:
+    """A part of `cases`: the families that are tried in full share the methods, the others get what differs most."""
+    whole = cases(family)
+    if FAMILIES[family].few:
+        return [case for case in whole if case.method in FEWEST]
+    return [case for case in whole if case.method in FEWEST or _share(case) == family]
+
+
+FEWEST = ("lora-all-linear", "ia3", "prefix", "prompt")
+
+
+def _share(case: Case) -> str:
+    """The family whose turn a method is, among those that PEFT can do it on."""
+    able = [f for f, row in FAMILIES.items() if not row.few and any(c.method == case.method for c in cases(f))]
+    every = [*METHODS, *LINEAR_ONLY, *GENERATING, *DECODERS]
+    return able[every.index(case.method) % len(able)]
+
+
 def config(case: Case) -> Any:
     """PEFT's config of a case."""
-    made = (METHODS | LINEAR_ONLY | GENERATING)[case.method](FAMILIES[case.family])
+    made = (METHODS | LINEAR_ONLY | GENERATING | DECODERS)[case.method](FAMILIES[case.family])
     made.task_type = case.task
     return made

@@ -4,7 +4,7 @@ Nothing is trained: every number of a checkpoint is drawn anew, because fresh ad
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 from families import FAMILIES, SPECIAL, VOCABULARY, Family
-from methods import HEADS, Case, cases, config
+from methods import HEADS, Case, config
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -84,12 +84,19 @@ def inputs(case: Case) -> list[list[int]]:
     return [first, [*second, 0] if case.task == "SEQ_CLS" else second]
 
 
+def told(model: Any) -> dict[str, torch.Tensor]:
+    """What PEFT must be told beside the text: the first task, of methods that know several."""
+    config = getattr(model, "active_peft_config", None)
+    needs = config is not None and config.peft_type in ("POLY", "MULTITASK_PROMPT_TUNING")
+    return {"task_ids": torch.zeros(1, dtype=torch.long)} if needs else {}
+
+
 def generated(model: Any, ids: list[int]) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens by PEFT's own generate, and the log-probabilities [NEW_TOKENS, vocabulary] it chose them by."""
     out = model.generate(
         input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True,
-        eos_token_id=None,
+        eos_token_id=None, **told(model),
     )  # fmt: skip
     tokens = out.sequences[0, -NEW_TOKENS:].tolist()
     return tokens, torch.log_softmax(torch.cat(out.logits).float(), -1)
@@ -104,11 +111,11 @@ def answer(case: Case, model: Any, ids: list[int]) -> Answer:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if case.task in HEADS:
-            scores = model(input_ids=torch.tensor([ids])).logits[0].float()
+            scores = model(input_ids=torch.tensor([ids]), **told(model)).logits[0].float()
             # Beside a prompt transformers also labels the prompt's rows.
             return [], scores[-len(ids) :] if case.task == "TOKEN_CLS" else scores.unsqueeze(0)
         if case.task == "FEATURE_EXTRACTION":
-            hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+            hidden = model(input_ids=torch.tensor([ids]), **told(model)).last_hidden_state[0].float()
             return [], hidden[-len(ids) :].mean(0, keepdim=True)
         return generated(model, ids)
 
@@ -131,17 +138,17 @@ def _without_delta(case: Case, folder: Path, saved: Path) -> Any:
         folder, attn_implementation="eager", dtype=torch.float32, num_labels=LABELS
     )
     heads = {name.rpartition("base_model.")[2].removeprefix("model."): t for name, t in load_file(saved).items()}
-    own = [f"{head}.{part}" for head in ("classifier", "score") for part in ("weight", "bias")]
+    own = {name for name in model.state_dict() if name.partition(".")[0] in ("classifier", "score")}
     heads = {name: tensor for name, tensor in heads.items() if name in own}
     assert heads and not model.load_state_dict(heads, strict=False).unexpected_keys
     return model.eval()
 
 
-def prepare(family: str, folder: Path) -> Prepared:
+def prepare(family: str, chosen: Sequence[Case], folder: Path) -> Prepared:
     """Writes `backbone` and `deltas/<name>` below a folder and asks PEFT about each of them."""
     backbone(FAMILIES[family], folder / "backbone")
     references, without = {}, {}
-    for case in cases(family):
+    for case in chosen:
         model = tuned(case, folder / "backbone")
         place = folder / "deltas" / case.name
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from reference import NEW_TOKENS, Prepared, inputs
 from deltaserve_client import AsyncClient, Client
 from deltaserve_kernels.testing import error_ratio
 
+NAMES = [*FAMILIES, *(pytest.param(f"{family}/all", marks=pytest.mark.long) for family in FAMILIES)]
 TOLERANCE = 1e-5
 MOVED = 1e-2
 TOP = 20
@@ -99,12 +100,12 @@ class Mixed:
 def mixed(prepared: Any, server: Any) -> Callable[[str], Mixed]:
     made: dict[str, Mixed] = {}
 
-    def do(family: str) -> Mixed:
-        if family not in made:
+    def do(name: str) -> Mixed:
+        if name not in made:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made[family] = Mixed(prepared(family), server(family))
-        return made[family]
+                made[name] = Mixed(prepared(name), server(name))
+        return made[name]
 
     return do
 
@@ -114,9 +115,9 @@ def worst(found: Mapping[str, float]) -> str:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_delta_moves_the_output(family: str, prepared: Any) -> None:
-    made = prepared(family)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_delta_moves_the_output(name: str, prepared: Any) -> None:
+    made = prepared(name)
     moved = {
         case.name: min(
             error_ratio(ours[1], bare[1]) for ours, bare in zip(made.references[case], made.without[case], strict=True)
@@ -128,31 +129,31 @@ def test_each_delta_moves_the_output(family: str, prepared: Any) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_batch_equals_peft_alone(family: str, mixed: Callable[[str], Mixed]) -> None:
-    made = mixed(family)
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_batch_equals_peft_alone(name: str, mixed: Callable[[str], Mixed]) -> None:
+    made = mixed(name)
     ratios = {case.name: max(map(differ, ours, made.prepared.references[case])) for case, ours in made.answers.items()}
     ratios["the backbone"] = max(map(differ, made.bare, made.prepared.without[made.plain_case]))
     off = {name: ratio for name, ratio in ratios.items() if not ratio <= TOLERANCE}
     assert not off, worst(off)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batch_was_mixed(family: str, mixed: Callable[[str], Mixed]) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_was_mixed(name: str, mixed: Callable[[str], Mixed]) -> None:
     """One forward held at least 8 sequences, 5 deltas of 3 kinds, and rows of the bare backbone."""
-    most = max(mixed(family).steps, key=lambda step: (len(step.deltas), step.sequences))
-    asked = 2 * (len(mixed(family).prepared.cases) + 1)
+    most = max(mixed(name).steps, key=lambda step: (len(step.deltas), step.sequences))
+    asked = 2 * (len(mixed(name).prepared.cases) + 1)
     assert most.sequences >= 8 and len(most.deltas) >= 5 and len(set(most.kinds)) >= 3
     assert most.sequences == asked, "those of the bare backbone are in it"
-    assert len(most.deltas) == len(mixed(family).prepared.cases)
+    assert len(most.deltas) == len(mixed(name).prepared.cases)
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_alone_equals_peft(family: str, mixed: Callable[[str], Mixed], server: Any) -> None:
-    made = mixed(family).prepared
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_equals_peft(name: str, mixed: Callable[[str], Mixed], server: Any) -> None:
+    made = mixed(name).prepared
     ratios = {}
-    with Client(server(family)) as client:
+    with Client(server(name)) as client:
         for case in made.cases:
             ours = [read(case, call(client, case, [ids], delta=case.name))[0] for ids in inputs(case)[:1]]
             ratios[case.name] = differ(ours[0], made.references[case][0])

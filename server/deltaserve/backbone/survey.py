@@ -25,6 +25,9 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         for path, module in modules.items()
         if (found := _site(path, module, family, config)) is not None
     }
+    # A table that an attention reads by itself, T5's of relative positions, is given no rows of requests.
+    inner = {path for path, site in sites.items() if site.type is SiteType.EMBEDDING and _attended(path, sites)}
+    sites = {path: site for path, site in sites.items() if path not in inner}
     heads = dict(family.heads)
     if family.pooler is not None and not has_pooler:
         sites = {path: site for path, site in sites.items() if not path.startswith(family.pooler + ".")}
@@ -64,6 +67,11 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
     )
 
 
+def _attended(path: str, sites: dict[str, Site]) -> bool:
+    parent = sites.get(path.rpartition(".")[0])
+    return parent is not None and parent.type is SiteType.ATTENTION
+
+
 def _axis(path: str, family: Family) -> Axis:
     return next((axis for pattern, axis in family.axes if re.fullmatch(pattern, path)), Axis.TOKENS)
 
@@ -85,6 +93,9 @@ def _site(path: str, module: torch.nn.Module, family: Family, config: object) ->
     if isinstance(module, Conv1D):
         return Site(path, SiteType.CONV1D, axis, int(module.weight.shape[0]), int(module.nf), _host(module.bias))
     if isinstance(module, torch.nn.Embedding):
+        # OPT's positions are given a mask instead of ids, and Gemma's tokens are multiplied.
+        if type(module) is not torch.nn.Embedding and not hasattr(module, "embed_scale"):
+            return None
         return Site(path, SiteType.EMBEDDING, axis, module.num_embeddings, module.embedding_dim)
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.nn.Parameter) and weight.ndim == 1:

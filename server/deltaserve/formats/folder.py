@@ -5,7 +5,6 @@ Nothing is unpickled. A `.bin` file is read only if the operator allows it, and 
 
 import hashlib
 import json
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,7 +141,9 @@ class _Pickled:
             if packed:
                 raise BadCheckpoint(f"{file.name} has compressed members, which torch.save does not write")
             found = torch.load(file, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except BadCheckpoint:
+            raise
+        except Exception as error:  # in a damaged archive torch's unpickler stumbles over anything
             raise BadCheckpoint(
                 f"{file.name} is not an archive of weights: {str(error).splitlines()[0] if str(error) else error!r}; "
                 "save it as safetensors"

@@ -1,4 +1,4 @@
-"""A tiny GPT-2, BERT and T5, and checkpoints that were written by PEFT and then spoilt."""
+"""A tiny GPT-2, BERT, OPT and T5, and checkpoints that were written by PEFT and then spoilt."""
 
 import json
 import warnings
@@ -20,7 +20,10 @@ CONFIGS = {
     "gpt2": ("AutoModelForCausalLM", lambda: transformers.GPT2Config(
         vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)),
     "bert": ("AutoModel", lambda: transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=25,
+        max_position_embeddings=32)),
+    "opt": ("AutoModelForCausalLM", lambda: transformers.OPTConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16,
         max_position_embeddings=32)),
     "t5": ("AutoModelForSeq2SeqLM", lambda: transformers.T5Config(
         vocab_size=40, d_model=16, d_kv=8, num_heads=2, d_ff=24, num_layers=2, decoder_start_token_id=0,

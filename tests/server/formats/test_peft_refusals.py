@@ -35,18 +35,18 @@ def reading(backbones: Mapping[str, Backbone]) -> Callable[..., Any]:
 
 OPTIONS = (
     ("use_qalora", True),
-    ("use_bdlora", {"x": 1}),
     ("alora_invocation_tokens", [3, 4]),
     ("arrow_config", {"top_k": 1}),
     ("layer_replication", [[0, 2]]),
-    ("target_parameters", ["c_attn.weight"]),
-    ("trainable_token_indices", [1, 2]),
+    ("target_parameters", ["wte.weight"]),
+    ("target_parameters", ["mlp.experts"]),
     ("loftq_config", {"bits": 4}),
     ("ensure_weight_tying", True),
     ("init_lora_weights", "pissa_niter_4"),
     ("init_lora_weights", "olora"),
-    ("velora_config", {"x": 1}),
     ("init_lora_weights", "corda"),
+    ("init_lora_weights", "lora_ga"),
+    ("init_lora_weights", "loftq"),
     ("an_option_of_tomorrow", "on"),
 )
 
@@ -60,7 +60,26 @@ def test_option_is_refused_by_its_key(key: str, value: Any, written: Any, readin
     assert raised.value.metadata["key"] == key
 
 
-@pytest.mark.parametrize("named", ["LILY", "BONE", "NOT_A_TYPE", 7, None])
+NOT_SERVED = (
+    ("ADAPTION_PROMPT", "gated attention"),
+    ("LILY", "averages over the whole batch"),
+    ("SHADOW", "recurrent network"),
+    ("XLORA", "a classifier mixes"),
+    ("ADAMSS", "clusters the weights anew"),
+    ("BONE", "convert the checkpoint to MISS"),
+)
+
+
+@pytest.mark.parametrize(("named", "why"), NOT_SERVED)
+def test_type_is_refused_with_its_reason(named: str, why: str, written: Any, reading: Any) -> None:
+    spoilt = written("gpt2", lora())
+    spoilt.config(peft_type=named)
+    with pytest.raises(FailedPrecondition, match=f"'{named}'.*{why}") as raised:
+        reading("gpt2", spoilt)
+    assert raised.value.reason == "KIND_NOT_SERVED"
+
+
+@pytest.mark.parametrize("named", ["NOT_A_TYPE", 7, None, ["LORA"]])
 def test_type_is_refused_with_those_served(named: Any, written: Any, reading: Any) -> None:
     spoilt = written("gpt2", lora())
     spoilt.config(peft_type=named)
@@ -86,6 +105,14 @@ VALUES: tuple[tuple[str, Any, str], ...] = (
     ("target_modules", "x" * 3000, "a pattern of 3000 characters"),
     ("layers_to_transform", "one", "'layers_to_transform' is 'one'"),
     ("bias", "some", "'bias' is 'some'"),
+    ("trainable_token_indices", [1, 2], "the checkpoint has no rows for it"),
+    ("trainable_token_indices", [1, 1], "an id twice"),
+    ("trainable_token_indices", [40], "distinct ids below 40"),
+    ("use_bdlora", {"nblocks": 0}, "'nblocks' is 0"),
+    ("use_bdlora", {"nblocks": 2}, "neither A nor B"),
+    ("use_bdlora", {"target_modules_bd_a": ["attn"], "target_modules_bd_b": ["c_"]}, "both A and B"),
+    ("use_bdlora", {"target_modules_bd_a": ["attn"], "nblocks": 3}, "3 blocks, which do not divide r"),
+    ("target_parameters", ["c_attn.weight"], "lora_A.weight' is missing"),
     ("task_type", "QUESTION_ANS", "'task_type' is 'QUESTION_ANS'"),
 )
 
@@ -134,15 +161,32 @@ def test_made_for_another_width(written: Any, reading: Any) -> None:
 
 
 def test_embedding_target_is_refused(written: Any, reading: Any) -> None:
-    spoilt = written("gpt2", lora(target_modules=["wte", "c_attn"]))
+    spoilt = written("gpt2", lora())
+    spoilt.config(peft_type="ADALORA", target_modules=["wte", "c_attn"])
     with pytest.raises(FailedPrecondition, match=r"embedding 'transformer\.wte'"):
         reading("gpt2", spoilt)
 
 
-def test_saved_norm_is_refused(written: Any, reading: Any) -> None:
+def test_saved_norm_of_another_width(written: Any, reading: Any) -> None:
     spoilt = written("gpt2", lora(modules_to_save=["ln_f"]))
-    with pytest.raises(FailedPrecondition, match=r"'modules_to_save' brings 'transformer\.ln_f'"):
+    name = "base_model.model.transformer.ln_f.weight"
+    spoilt.tensors(lambda tensors: tensors.update({name: torch.ones(15)}))
+    with pytest.raises(BadCheckpoint, match=r"ln_f\.weight' has shape \[15\]; .* \[16\]"):
         reading("gpt2", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("family", "table", "linear"), [("t5", "relative_attention_bias", "q"), ("opt", "embed_positions", "q_proj")]
+)
+def test_table_that_is_given_no_ids(family: str, table: str, linear: str, written: Any, reading: Any) -> None:
+    """T5's attention reads its relative positions itself, and OPT's positions are counted from a mask."""
+    spoilt = written(family, lora(target_modules=[linear]))
+    spoilt.config(target_modules=[linear, table])
+    with pytest.raises(BadCheckpoint, match=rf"{table}', which is no layer with weights here"):
+        reading(family, spoilt)
+    spoilt = written(family, lora(target_modules=[linear], modules_to_save=[table]))
+    with pytest.raises(BadCheckpoint, match=rf"no place .*{table}"):
+        reading(family, spoilt)
 
 
 def test_prefix_of_other_layers(written: Any, reading: Any) -> None:

@@ -8,10 +8,13 @@ import torch
 from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
+from deltaserve.formats.peft.options import shown
 from deltaserve.formats.wanted import Wanted
 
 SHOWN = 5
 """Names in one message."""
+LONGEST = 500
+"""Characters of the names in one message."""
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 _HEADLESS = frozenset({"SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"})
@@ -46,7 +49,8 @@ class Checkpoint:
             start = next((start for start in dotted if name.startswith(start)), None)
             if start is None:
                 raise BadCheckpoint(
-                    f"tensor {name!r} does not begin with {dotted[0]!r} as PEFT's do", metadata={"tensor": name}
+                    f"tensor {shown(name)} does not begin with {dotted[0]!r} as PEFT's do",
+                    metadata={"tensor": shown(name)},
                 )
             self._left[name.removeprefix(start)] = name
         self._bare = self._saved_without_prefix()
@@ -114,8 +118,8 @@ class Checkpoint:
         found = self.shape(name)
         if found != shape:
             raise BadCheckpoint(
-                f"tensor {name!r} has shape {list(found)}; this backbone and the config make it {list(shape)}",
-                metadata={"tensor": name, "shape": str(list(found)), "expected": str(list(shape))},
+                f"tensor {name!r} has shape {shown(list(found))}; this backbone and the config make it {list(shape)}",
+                metadata={"tensor": name, "shape": shown(list(found)), "expected": str(list(shape))},
             )
         self.taken += 1
         return self._tensors.get(self._left.pop(name))
@@ -148,9 +152,9 @@ class Checkpoint:
             names = sorted(self._left)
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise BadCheckpoint(
-                f"no place in this backbone or in the config for {', '.join(names[:SHOWN])}{more}",
+                f"no place in this backbone or in the config for {', '.join(names[:SHOWN])[:LONGEST]}{more}",
                 reason="TENSORS_LEFT_OVER",
-                metadata={"tensors": ",".join(names[:SHOWN]), "count": str(len(names))},
+                metadata={"tensors": ",".join(names[:SHOWN])[:LONGEST], "count": str(len(names))},
             )
 
     def _saved_without_prefix(self) -> bool:

@@ -17,13 +17,8 @@ LOHA_OPTIONS = options.Options(used=_LYCORIS, inert=_LYCORIS_INERT)
 LOKR_OPTIONS = options.Options(
     used=_LYCORIS, inert=_LYCORIS_INERT | {"decompose_both", "decompose_factor", "rank_dropout_scale"}
 )
-FOURIERFT_OPTIONS = options.Options(
-    used=TARGETED | {"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "bias"}, inert=TRAINED
-)
 C3A_OPTIONS = options.Options(used=TARGETED | {"block_size", "block_size_pattern", "bias"}, inert=TRAINED)
 HIRA_OPTIONS = options.Options(used=TARGETED | {"r", "rank_pattern"}, inert=TRAINED | {"hira_dropout"})
-
-_MOST_FREQUENCIES = 1 << 24
 
 
 def loha(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
@@ -74,29 +69,6 @@ def _factor(target: Target, part: str, rank: int) -> torch.Tensor:
     if rows > target.outputs or columns > target.inputs:
         raise BadCheckpoint(f"tensors {target.name}.{part}_a and _b are no factor of their weight")
     return target.number(f"{part}_a", rows, rank) @ target.number(f"{part}_b", rank, columns)
-
-
-def fourierft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
-    """ΔW = scaling · Re ifft2(D), D zero but for a spectrum at random places, which a seed gives. arXiv 2405.03003."""
-    config = checkpoint.config
-    count = options.integer(config, "n_frequency", 1000, most=_MOST_FREQUENCIES)
-    counts = options.ranks(config, "n_frequency_pattern", most=_MOST_FREQUENCIES)
-    scaling, seed = options.number(config, "scaling", 150), int(options.number(config, "random_loc_seed", 777))
-
-    def one(target: Target, _: Weights) -> None:
-        spectrum = target.number("fourierft_spectrum", target.setting(counts, "n_frequency_pattern", count))
-        spread = torch.zeros(target.outputs * target.inputs)
-        spread[frequencies(target, seed)[: spectrum.shape[0]]] = spectrum
-        turned = torch.fft.ifft2(spread.view(target.outputs, target.inputs)).real
-        draft.put(target.name, Dense((turned * scaling).contiguous()))
-
-    each("fourierft", one, "fourier")(checkpoint, draft, weights)
-
-
-def frequencies(target: Target, seed: int) -> torch.Tensor:
-    """PEFT's places of a spectrum: a permutation of all places of the weight, on torch's CPU generator."""
-    random = torch.Generator().manual_seed(seed)
-    return torch.randperm(target.outputs * target.inputs, generator=random)
 
 
 def c3a(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:

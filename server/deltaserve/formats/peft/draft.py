@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Head, LowRank, SitePrimitive, SoftPrompt
+from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, SitePrimitive, SoftPrompt
 from deltaserve.errors import BadCheckpoint
 
 
@@ -34,6 +34,11 @@ class Draft:
         if type(primitive) in here:
             raise BadCheckpoint(f"two parts of the checkpoint act in the same way at {site!r}")
         here[type(primitive)] = primitive
+
+    def product(self, site: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """y += (x aᵀ) bᵀ, a [r, in] and b [out, r]: as a Dense where that is smaller."""
+        smaller = a.numel() + b.numel() < b.shape[0] * a.shape[1]
+        self.put(site, LowRank(a.contiguous(), b.contiguous(), 1.0) if smaller else Dense(b @ a))
 
     def shift(self, site: str, shift: torch.Tensor) -> None:
         """y += shift, [out] fp32; shifts at one site add up."""

@@ -1,6 +1,6 @@
 """modules_to_save: the task's head, and other modules that a checkpoint brings whole."""
 
-from deltaserve.deltas.primitives import Dense, Head, HeadLayer
+from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer
 from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options
@@ -22,11 +22,11 @@ def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
     if checkpoint.wanted.task is not None:
         return checkpoint.wanted.task, False
     told = checkpoint.config.get("task_type")
-    if told in _TASKS:
+    if isinstance(told, str) and told in _TASKS:
         return _TASKS[told], False
     if told is not None:
         raise FailedPrecondition(
-            f"config key 'task_type' is {told!r}; this release serves {', '.join(_TASKS)}",
+            f"config key 'task_type' is {options.shown(told)}; this release serves {', '.join(_TASKS)}",
             reason="TASK_NOT_SERVED",
             metadata={"key": "task_type"},
         )
@@ -109,16 +109,25 @@ def _modules(checkpoint: Checkpoint, draft: Draft) -> None:
 
 
 def _module(checkpoint: Checkpoint, draft: Draft, name: str, site: Site) -> None:
-    if site.type not in (SiteType.LINEAR, SiteType.CONV1D):
+    """A module of the delta's own. An embedding's copy leaves what was tied to it with the backbone's weight."""
+    shapes = {
+        SiteType.LINEAR: (site.out_features, site.in_features),
+        SiteType.CONV1D: (site.in_features, site.out_features),
+        SiteType.EMBEDDING: (site.in_features, site.out_features),
+        SiteType.NORM: (site.out_features,),
+    }
+    if site.type not in shapes:
         raise FailedPrecondition(
-            f"config key 'modules_to_save' brings {name!r} whole, of type {site.type}; this release serves heads and "
-            "linear layers so",
+            f"config key 'modules_to_save' brings {name!r} whole, of type {site.type}; this release serves heads, "
+            "linear layers, norms and embeddings so",
             reason="OPTION_NOT_SERVED",
             metadata={"key": "modules_to_save", "module": name},
         )
-    turned = site.type is SiteType.CONV1D
-    shape = (site.in_features, site.out_features) if turned else (site.out_features, site.in_features)
-    weight = checkpoint.take(f"{name}.weight", shape)
+    weight = checkpoint.take(f"{name}.weight", shapes[site.type])
     bias = checkpoint.take(f"{name}.bias", (site.out_features,)) if site.bias is not None else None
     draft.kind("selective-module")
-    draft.put(name, Dense(weight.T.contiguous() if turned else weight, bias, replace=True))
+    if site.type is SiteType.NORM:
+        draft.put(name, Affine(scale=weight, shift=bias, replace=True))
+    else:
+        turned = site.type is SiteType.CONV1D
+        draft.put(name, Dense(weight.T.contiguous() if turned else weight, bias, replace=True))

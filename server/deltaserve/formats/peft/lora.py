@@ -1,78 +1,102 @@
-"""LoRA (arXiv 2106.09685) as PEFT writes it: rsLoRA, rank and alpha patterns, biases, lm_head."""
+"""LoRA (arXiv 2106.09685) as PEFT writes it: rsLoRA, rank and alpha patterns, DoRA, biases, embeddings, lm_head."""
 
 import math
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from deltaserve.deltas.primitives import Affine, Dense, LowRank
 from deltaserve.deltas.sites import SiteType, Weights
-from deltaserve.errors import FailedPrecondition
-from deltaserve.formats.peft import options, tokens
+from deltaserve.formats.peft import options, starts, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.targets import LINEARS, Target, each
+from deltaserve.formats.peft.targets import LINEARS, Target, biases, parameters, targets
 
 _LATER = "this release does not serve it"
 OPTIONS = options.Options(
     used=frozenset(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "bias", "init_lora_weights"}
-        | {"use_dora", "kasa_config", "trainable_token_indices"}
+        | {"use_dora", "kasa_config", "trainable_token_indices", "use_bdlora", "target_parameters"}
+        | {"velora_config", "monteclora_config"}
     ),
     inert=frozenset(
         {"lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"}
     ),
     refused={
         "use_qalora": "QALoRA needs a quantised backbone",
-        "use_bdlora": f"{_LATER} block-diagonal LoRA",
         "alora_invocation_tokens": f"activated LoRA acts on part of the rows, and {_LATER}",
         "arrow_config": "Arrow routes each token over several LoRA; it cannot be one delta",
         "layer_replication": "it makes another backbone, with more layers",
-        "target_parameters": f"{_LATER} LoRA on bare parameters",
         "loftq_config": "LoftQ needs data that is not in the checkpoint",
         "corda_config": "CorDA needs data that is not in the checkpoint",
         "lora_ga_config": "LoRA-GA needs data that is not in the checkpoint",
         "ensure_weight_tying": f"{_LATER} LoRA on tied embeddings",
     },
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the backbone as it is."""
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A [r, in] and B [out, r], fp32."""
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the config says of all targets."""
+
+    rank: int
+    alpha: float
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    root: bool
+
+    def of(self, target: Target, own: str) -> tuple[int, float]:
+        """Rank and scale of a module, which PEFT knows as `own` when it asks."""
+        r = target.patterns.first(self.ranks, own, "rank_pattern") or self.rank
+        alpha = target.patterns.first(self.alphas, own, "alpha_pattern")
+        return r, (self.alpha if alpha is None else alpha) / (math.sqrt(r) if self.root else r)
 
 
 def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """y += s · (x Aᵀ) Bᵀ + s · b_B at each target; s = alpha / r, or alpha / √r with rsLoRA."""
     config = checkpoint.config
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS and start not in _STARTS:
-        raise FailedPrecondition(
-            f"config key 'init_lora_weights' is {start!r}, which changes the backbone's weights in a way that the "
-            "checkpoint does not tell: convert it to plain LoRA (path_initial_model_for_weight_conversion of PEFT's "
-            "save_pretrained)",
-            reason="OPTION_NOT_SERVED",
-            metadata={"key": "init_lora_weights"},
-        )
-    rank, alpha = options.integer(config, "r", 8), options.number(config, "lora_alpha", 8)
-    ranks, alphas = options.ranks(config, "rank_pattern"), options.numbers(config, "alpha_pattern")
-    root, biased = options.flag(config, "use_rslora"), options.flag(config, "lora_bias")
-    magnitude, kasa = options.flag(config, "use_dora"), bool(config.get("kasa_config"))
+    draft.kind("lora")
+    sizes = _Sizes(
+        options.integer(config, "r", 8),
+        options.number(config, "lora_alpha", 8),
+        options.ranks(config, "rank_pattern"),
+        options.numbers(config, "alpha_pattern"),
+        options.flag(config, "use_rslora"),
+    )
+    bare = list(parameters(checkpoint, draft))
+    # Where parameters are targeted, an empty list means no module; else PEFT saves it with the names it found.
+    found = [] if bare and not config.get("target_modules") else _modules(checkpoint, draft, weights, sizes)
+    for target in bare:
+        _parameter(target, sizes)
+    biases(checkpoint, draft, [*found, *bare], "lora")
+    tokens.beside_lora(checkpoint, draft)
 
-    def one(target: Target, weights: Weights) -> None:
+
+def _modules(checkpoint: Checkpoint, draft: Draft, weights: Weights, sizes: _Sizes) -> list[Target]:
+    config = checkpoint.config
+    subtract = starts.taken(config.get("init_lora_weights"))
+    biased, magnitude = options.flag(config, "lora_bias"), options.flag(config, "use_dora")
+    kasa, blocks = bool(config.get("kasa_config")), starts.Blocks(config.get("use_bdlora"))
+    if kasa:
+        subtract = starts.tail
+    found = list(targets(checkpoint, draft, (*LINEARS, SiteType.EMBEDDING)))
+    for target in found:
         looked_up = target.site.type is SiteType.EMBEDDING
-        r = target.setting(ranks, "rank_pattern", rank)
-        scale = target.setting(alphas, "alpha_pattern", alpha) / (math.sqrt(r) if root else r)
-        a = target.take("lora_embedding_A" if looked_up else "lora_A.weight", r, target.inputs)
-        b = target.take("lora_embedding_B" if looked_up else "lora_B.weight", target.outputs, r)
+        r, scale = sizes.of(target, target.own)
+        if looked_up:
+            a = target.take("lora_embedding_A", r, target.inputs)
+            b = target.take("lora_embedding_B", target.outputs, r)
+        else:
+            a, b = _pair(target, r, blocks)
         if kasa:
             a = a.float() * target.number("lora_diag", r).unsqueeze(1)
-        subtract = _tail if kasa else _STARTS.get(start)
-        taken = None if subtract is None else subtract(weights(target.name), r)
         part = LowRank(a, b, scale)
-        if taken is not None:
-            part = LowRank(torch.cat((a.float(), taken[0])), torch.cat((scale * b.float(), -taken[1]), 1), 1.0)
+        if subtract is not None and not looked_up:  # PEFT starts so at linear layers alone
+            if subtract is starts.orthonormal and target.site.type is SiteType.CONV1D:
+                raise options.not_served("init_lora_weights", "olora", f"PEFT cannot start so at {target.own!r}")
+            down, up = subtract(weights(target.name), r, scale)
+            part = LowRank(torch.cat((a.float(), down)), torch.cat((scale * b.float(), -up), 1), 1.0)
         draft.put(target.name, part)
         if magnitude:
             _magnitude(target, part, weights(target.name))
@@ -80,11 +104,48 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             draft.shift(target.name, scale * target.number("lora_B.bias", target.outputs))
         if target.has("base_layer.weight"):
             _base_weight(target, weights)
-
-    each("lora", one, "lora", types=(*LINEARS, SiteType.EMBEDDING))(checkpoint, draft, weights)
-    tokens.beside_lora(checkpoint, draft)
+        _leave_out_training(target)
     if magnitude:
         draft.kind("dora")
+    return found
+
+
+def _pair(target: Target, r: int, blocks: starts.Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r]; with BD-LoRA one of them is of diagonal blocks."""
+    across, up = blocks.at(target.own)
+    if target.inputs % across or r % blocks.count or target.outputs % up:
+        raise options.wrong("use_bdlora", f"has {blocks.count} blocks, which do not divide r and {target.own!r}")
+    a = starts.spread(target.take("lora_A.weight", r, target.inputs // across), across)
+    return a, starts.spread(target.take("lora_B.weight", target.outputs, r // up), up)
+
+
+def _parameter(target: Target, sizes: _Sizes) -> None:
+    """LoRA on the weight as it is stored, P += s B A: of a Conv1D, [in, out], A and B change places."""
+    for key in ("use_dora", "lora_bias", "kasa_config", "velora_config", "use_bdlora", "monteclora_config"):
+        if target.checkpoint.config.get(key):
+            raise options.wrong(key, "is set beside target_parameters; PEFT allows one of them")
+    start = target.checkpoint.config.get("init_lora_weights")
+    if starts.taken(start) is not None:
+        raise options.not_served("init_lora_weights", start, "beside target_parameters this release serves plain LoRA")
+    r, scale = sizes.of(target, f"{target.own}.weight")
+    turned = target.site.type is SiteType.CONV1D
+    rows, columns = (target.inputs, target.outputs) if turned else (target.outputs, target.inputs)
+    a, b = target.take("lora_A.weight", r, columns), target.take("lora_B.weight", rows, r)
+    a, b = (b.T.contiguous(), a.T.contiguous()) if turned else (a, b)
+    target.draft.put(target.name, LowRank(a, b, scale))
+
+
+_TRAINING = {"velora_config": "lora_velora_embed", "monteclora_config": "lora_monteclora_sampler"}
+"""Options that act in training alone, and what they leave in the checkpoint."""
+
+
+def _leave_out_training(target: Target) -> None:
+    for key, part in _TRAINING.items():
+        if target.checkpoint.config.get(key):
+            name = f"{target.name}.{part}"
+            for left in (name, *target.checkpoint.below(name)):
+                if target.checkpoint.has(left):
+                    target.checkpoint.drop(left)
 
 
 def _magnitude(target: Target, part: LowRank, weight: torch.Tensor) -> None:
@@ -98,22 +159,6 @@ def _magnitude(target: Target, part: LowRank, weight: torch.Tensor) -> None:
     gain = target.number("lora_magnitude_vector", target.outputs) / norms
     bias = target.site.bias
     target.draft.put(target.name, Affine(scale=gain, shift=None if bias is None else (1 - gain) * bias))
-
-
-def _principal(weight: torch.Tensor, rank: int) -> Pair:
-    """What PiSSA (arXiv 2404.02948) takes out of W: its `rank` largest singular values."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return v[:rank], u[:, :rank] * s[:rank]
-
-
-def _tail(weight: torch.Tensor, rank: int) -> Pair:
-    """What KaSA (arXiv 2412.06071) takes out of W: its `rank` smallest singular values."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return v[-rank:], u[:, -rank:] * s[-rank:]
-
-
-_STARTS: Mapping[object, Callable[[torch.Tensor, int], Pair]] = {"pissa": _principal}
-"""Starts that PEFT repeats at load and subtracts from the backbone's weight."""
 
 
 def _base_weight(target: Target, weights: Weights) -> None:

@@ -34,9 +34,7 @@ class Options:
             if key in known or value in (None, False, "", [], {}):
                 continue
             why = self.refused.get(key, "this release does not know it, and it may change what the delta computes")
-            raise FailedPrecondition(
-                f"config key {key!r} is {_shown(value)}: {why}", reason="OPTION_NOT_SERVED", metadata={"key": key}
-            )
+            raise not_served(key, value, why)
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None, most: int = MOST_RANK) -> int:
@@ -49,19 +47,46 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     return _number(config.get(key, default), key)
 
 
-def flag(config: Mapping[str, Any], key: str) -> bool:
-    """true or false; missing is false. Raises BadCheckpoint."""
-    value = config.get(key, False)
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """true or false. Raises BadCheckpoint."""
+    value = config.get(key, default)
     if not isinstance(value, bool | None):
-        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; true or false is expected")
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; true or false is expected")
     return bool(value)
+
+
+def seed(config: Mapping[str, Any], key: str, default: int) -> int:
+    """What a generator starts from: a whole number from 0. Raises BadCheckpoint."""
+    value = config.get(key, default)
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a whole number from 0 is expected")
+    return value
+
+
+def not_served(key: str, value: Any, why: str) -> FailedPrecondition:
+    """The error for an option that is understood and not served."""
+    return FailedPrecondition(
+        f"config key {key!r} is {shown(value)}: {why}", reason="OPTION_NOT_SERVED", metadata={"key": key}
+    )
+
+
+def one_task(config: Mapping[str, Any], key: str) -> None:
+    """Of a checkpoint for several tasks each request would have to name one. Raises FailedPrecondition."""
+    count = integer(config, key, 1)
+    if count != 1:
+        raise not_served(key, count, "each request would have to name one of these tasks, and requests have no task id")
+
+
+def wrong(key: str, what: str) -> BadCheckpoint:
+    """The error for a value that PEFT itself would not load."""
+    return BadCheckpoint(f"config key {key!r} {what}", metadata={"key": key})
 
 
 def choice(config: Mapping[str, Any], key: str, among: tuple[str, ...]) -> str:
     """One of some words, the first by default. Raises BadCheckpoint."""
     value = config.get(key, among[0])
     if value not in among:
-        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; expected is one of {', '.join(among)}")
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; expected is one of {', '.join(among)}")
     assert isinstance(value, str)
     return value
 
@@ -73,7 +98,7 @@ def names(config: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
         return value
     if isinstance(value, list) and len(value) <= MOST_ENTRIES and all(isinstance(v, str) for v in value):
         return tuple(value)
-    raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a string or a list of strings is expected")
+    raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a string or a list of strings is expected")
 
 
 def listed(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -91,7 +116,7 @@ def indices(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
         return None
     if isinstance(value, list) and len(value) <= MOST_ENTRIES and all(type(v) is int for v in value):
         return tuple(value)
-    raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a whole number or a list of them is expected")
+    raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a whole number or a list of them is expected")
 
 
 def ranks(config: Mapping[str, Any], key: str, most: int = MOST_RANK) -> dict[str, int]:
@@ -107,22 +132,23 @@ def numbers(config: Mapping[str, Any], key: str) -> dict[str, float]:
 def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, dict) or len(value) > MOST_ENTRIES:
-        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; an object is expected")
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; an object is expected")
     return value
 
 
 def _integer(value: Any, key: str, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
-        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a whole number from 1 to {most} is expected")
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a whole number from 1 to {most} is expected")
     return value
 
 
 def _number(value: Any, key: str) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise BadCheckpoint(f"config key {key!r} is {_shown(value)}; a number is expected")
+        raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a number is expected")
     return float(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value from a checkpoint in a message, not too long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"

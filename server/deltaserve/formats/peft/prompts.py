@@ -1,6 +1,7 @@
-"""Prefix-tuning (arXiv 2101.00190), prompt tuning (2104.08691) and P-tuning (2103.10385) as PEFT writes them.
+"""Prefix-tuning (arXiv 2101.00190), prompt tuning (2104.08691) and their like as PEFT writes them.
 
-A reparametrisation by an MLP or an LSTM is on disk as its result, so that nothing of it is left to compute.
+P-tuning (2103.10385), CPT (2410.17222), Cartridge (2506.06266), multitask prompts (2303.02861). A reparametrisation by
+an MLP or an LSTM, a frozen part or a bounded change is on disk as its result: nothing of it is left to compute.
 """
 
 from deltaserve.deltas.primitives import Prefix, SoftPrompt
@@ -17,6 +18,7 @@ _SHAPE = {"num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"
 PREFIX_OPTIONS = options.Options(
     used=frozenset(_SHAPE), inert=frozenset({"encoder_hidden_size", "prefix_projection", "init_weights"})
 )
+CARTRIDGE_OPTIONS = options.Options(used=frozenset(_SHAPE), inert=frozenset({"num_frozen_tokens"}))
 PROMPT_OPTIONS = options.Options(
     used=frozenset(_SHAPE),
     # The start of the training; PEFT opens no file for it at inference, and neither do we.
@@ -29,6 +31,19 @@ P_TUNING_OPTIONS = options.Options(
     ),
 )
 
+CPT_OPTIONS = options.Options(
+    used=frozenset(_SHAPE),
+    inert=frozenset(
+        {"cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor"}
+        | {"opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path"}
+    ),
+)
+
+MULTITASK_OPTIONS = options.Options(
+    used=frozenset({*_SHAPE, "num_tasks", "num_ranks"}),
+    inert=PROMPT_OPTIONS.inert | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"},
+)
+
 
 def lower_prefix(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """Keys and values for each layer's attention: P [n, 2 L, kv_heads, d], K of slot l at 2 l, V at 2 l + 1.
@@ -37,7 +52,7 @@ def lower_prefix(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
     prefix, and its layer l reads slot 2 l mod L, because PEFT repeats its list of keys and values and cuts it by fours.
     """
     del weights
-    draft.kind("prefix-tuning")
+    draft.kind(_KINDS[checkpoint.config["peft_type"]])
     spec, config = checkpoint.backbone, checkpoint.config
     rows = _rows(checkpoint)
     layers = len(spec.prefix_sites)
@@ -47,7 +62,8 @@ def lower_prefix(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
     for key, expected in told.items():
         if config.get(key) not in (None, expected):
             raise BadCheckpoint(
-                f"config key {key!r} is {config[key]!r}; this backbone has {expected}", metadata={"key": key}
+                f"config key {key!r} is {options.shown(config[key])}; this backbone has {expected}",
+                metadata={"key": key},
             )
     tensor = checkpoint.take(TENSOR, (rows, 2 * layers * heads * width)).view(rows, 2 * layers, heads, width)
     for layer, site in enumerate(sites):
@@ -60,7 +76,7 @@ def lower_prefix(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
 def lower_prompt(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """Rows before the token embeddings; of an encoder-decoder's two parts only the first, the encoder's, is used."""
     del weights
-    draft.kind(_PROMPT_KINDS[checkpoint.config["peft_type"]])
+    draft.kind(_KINDS[checkpoint.config["peft_type"]])
     rows = _rows(checkpoint)
     told = checkpoint.config.get("num_transformer_submodules")
     usual = 2 if checkpoint.backbone.encoder_decoder else 1
@@ -69,7 +85,29 @@ def lower_prompt(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
     draft.prompt = SoftPrompt(tensor[:rows].clone())
 
 
-_PROMPT_KINDS = {"PROMPT_TUNING": "prompt-tuning", "P_TUNING": "p-tuning"}
+def lower_multitask(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
+    """Rows P ⊙ (C D) of one task: P [n, hidden] is shared by tasks, C [n, k] and D [k, hidden] are the task's own."""
+    config = checkpoint.config
+    options.one_task(config, "num_tasks")
+    if checkpoint.backbone.encoder_decoder:
+        raise options.wrong("peft_type", "is 'MULTITASK_PROMPT_TUNING', which PEFT cannot run on an encoder-decoder")
+    lower_prompt(checkpoint, draft, weights)
+    assert draft.prompt is not None
+    shared = draft.prompt.rows.float()
+    rank = options.integer(config, "num_ranks", 1)
+    columns = checkpoint.take("prefix_task_cols", (1, shared.shape[0], rank))[0].float()
+    across = checkpoint.take("prefix_task_rows", (1, rank, shared.shape[1]))[0].float()
+    draft.prompt = SoftPrompt(shared * (columns @ across))
+
+
+_KINDS = {
+    "PREFIX_TUNING": "prefix-tuning",
+    "CARTRIDGE": "cartridge",
+    "PROMPT_TUNING": "prompt-tuning",
+    "P_TUNING": "p-tuning",
+    "CPT": "cpt",
+    "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning",
+}
 
 
 def _rows(checkpoint: Checkpoint) -> int:

@@ -48,10 +48,13 @@ def pvera(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 def _vera(checkpoint: Checkpoint, draft: Draft, weights: Weights, word: str, rank: int, rows: int) -> None:
     found = list(targets(checkpoint, draft))
     widest = max(t.inputs for t in found), max(t.outputs for t in found)
-    if checkpoint.has(f"{word}_A"):
+    if options.flag(checkpoint.config, "save_projection", True):
         a = checkpoint.take(f"{word}_A", (rows, widest[0])).float()
         b = checkpoint.take(f"{word}_B", (widest[1], rank)).float()
     else:
+        first = found[0]
+        if first.shape(f"{word}_lambda_d") != (rows,):  # the rank is what the file has, before anything is drawn
+            first.take(f"{word}_lambda_d", rows)
         a, b = _drawn(checkpoint, rows, rank, widest)
 
     def one(target: Target, _: Weights) -> None:
@@ -65,7 +68,7 @@ def _vera(checkpoint: Checkpoint, draft: Draft, weights: Weights, word: str, ran
 
 def _drawn(checkpoint: Checkpoint, rows: int, rank: int, widest: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's projections from their seed: Kaiming's uniform distribution, A first, on torch's CPU generator."""
-    random = torch.Generator().manual_seed(int(checkpoint.config.get("projection_prng_key") or 0))
+    random = torch.Generator().manual_seed(options.seed(checkpoint.config, "projection_prng_key", 0))
     made = []
     for shape, fan in (((rows, widest[0]), widest[0]), ((widest[1], rank), rank)):
         bound = math.sqrt(6 / fan)

@@ -14,7 +14,7 @@ from deltaserve.formats.peft.targets import Target, each
 SHIRA_OPTIONS = options.Options(used=TARGETED, inert=TRAINED | {"r", "mask_type", "random_seed"})
 SUPERTUNING_OPTIONS = options.Options(
     used=TARGETED | {"r", "lora_alpha", "save_precomputed_indices", "bias"},
-    inert=TRAINED | {"sparsity", "select_top", "lora_dropout", "use_lora"},
+    inert=TRAINED | {"sparsity", "select_top", "lora_dropout"},
 )
 
 

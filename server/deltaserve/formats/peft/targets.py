@@ -9,7 +9,7 @@ import torch
 from deltaserve.deltas.sites import Site, SiteType, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options
-from deltaserve.formats.peft.checkpoint import Checkpoint
+from deltaserve.formats.peft.checkpoint import SHOWN, Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.matching import Patterns, targeted
 
@@ -81,12 +81,33 @@ def targets(checkpoint: Checkpoint, draft: Draft, types: tuple[SiteType, ...] = 
     """In the model's order. Raises BadCheckpoint where nothing is targeted, or what is not of `types`."""
     patterns = Patterns()
     matched = targeted(checkpoint.config, checkpoint.modules, patterns)
-    for entry in matched.idle:
-        checkpoint.warn(f"target_modules entry {entry!r} matches no module here")
+    for entry in matched.idle[:SHOWN]:
+        checkpoint.warn(f"target_modules entry {options.shown(entry)} matches no module here")
     for own in matched.modules:
         module = checkpoint.name(own)
         if not checkpoint.may_lack(module):
             yield Target(checkpoint, draft, patterns, own, module, _site(checkpoint, module, types))
+
+
+def parameters(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
+    """The linear layers whose weight `target_parameters` names, in the model's order."""
+    wanted = options.listed(checkpoint.config, "target_parameters")
+    met: set[str] = set()
+    patterns = Patterns()
+    for own in checkpoint.modules:
+        key = f"{own}.weight"
+        entries = [name for name in wanted if key == name or key.endswith(f".{name}")]
+        module = checkpoint.name(own)
+        if entries and not checkpoint.may_lack(module):
+            yield Target(
+                checkpoint, draft, patterns, own, module, _site(checkpoint, module, LINEARS, "target_parameters")
+            )
+        met.update(entries)
+    strays = sorted(set(wanted) - met)
+    if strays:
+        raise options.not_served(
+            "target_parameters", strays[0], "this release serves the weights of linear layers so, and this is none here"
+        )
 
 
 def biases(checkpoint: Checkpoint, draft: Draft, found: list[Target], word: str) -> None:
@@ -115,19 +136,19 @@ def _bias(checkpoint: Checkpoint, draft: Draft, module: str, name: str) -> None:
         draft.shift(module, after - before)
 
 
-def _site(checkpoint: Checkpoint, module: str, types: tuple[SiteType, ...]) -> Site:
+def _site(checkpoint: Checkpoint, module: str, types: tuple[SiteType, ...], key: str = "target_modules") -> Site:
     site = checkpoint.backbone.sites.get(module)
     if site is not None and site.type in types:
         return site
     expected = " or ".join(sorted({kind.value for kind in types}))
     if site is not None and site.type is SiteType.EMBEDDING:
         raise FailedPrecondition(
-            f"config key 'target_modules' means the embedding {module!r}; this release serves this type at {expected}",
+            f"config key {key!r} means the embedding {module!r}; this release serves this type at {expected}",
             reason="OPTION_NOT_SERVED",
-            metadata={"key": "target_modules", "module": module},
+            metadata={"key": key, "module": module},
         )
     what = "no layer with weights" if site is None else f"of type {site.type}"
     raise BadCheckpoint(
-        f"config key 'target_modules' means {module!r}, which is {what} here; expected is {expected}",
+        f"config key {key!r} means {module!r}, which is {what} here; expected is {expected}",
         metadata={"module": module},
     )

@@ -29,7 +29,7 @@ ROAD_OPTIONS = options.Options(used=TARGETED | {"variant", "group_size"}, inert=
 def oft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """y = (x R) Wᵀ + b, R of blocks by Cayley's transform of a skew matrix Q, or a series for it. arXiv 2306.07280."""
     config = checkpoint.config
-    series = options.flag(config, "use_cayley_neumann")
+    series = options.flag(config, "use_cayley_neumann", True)
     terms = options.integer(config, "num_cayley_neumann_terms", 5, most=64)
     constrained, eps = options.flag(config, "coft"), options.number(config, "eps", 6e-5)
     shared = options.flag(config, "block_share")
@@ -41,17 +41,17 @@ def oft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         count = 1 if shared else target.inputs // max(width, 1)
         if target.inputs % max(width, 1) or width * (width - 1) // 2 != numbers:
             raise BadCheckpoint(f"tensor {target.name}.oft_R.weight has shape {list(found)}, which makes no blocks")
-        skew = _skew(target.number("oft_R.weight", count, numbers), width)
+        turn = skew(target.number("oft_R.weight", count, numbers), width)
         if constrained:
-            norms = skew.flatten(1).norm(dim=1)
-            skew = skew * (eps * count**-0.5 / norms).clamp_max(1.0).view(-1, 1, 1)
-        blocks = _neumann(skew, terms) if series else _cayley(skew)
+            norms = turn.flatten(1).norm(dim=1)
+            turn = turn * (eps * count**-0.5 / norms).clamp_max(1.0).view(-1, 1, 1)
+        blocks = neumann(turn, terms) if series else cayley(turn)
         draft.put(target.name, Block(blocks.expand(target.inputs // width, width, width).contiguous()))
 
     each("oft", one, "oft")(checkpoint, draft, weights)
 
 
-def _skew(upper: torch.Tensor, width: int) -> torch.Tensor:
+def skew(upper: torch.Tensor, width: int) -> torch.Tensor:
     """[n, width, width] from upper triangles [n, width (width − 1) / 2], row by row."""
     made = torch.zeros(upper.shape[0], width, width)
     rows, columns = torch.triu_indices(width, width, 1)
@@ -59,23 +59,28 @@ def _skew(upper: torch.Tensor, width: int) -> torch.Tensor:
     return made - made.transpose(1, 2)
 
 
-def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
-    """I + 2 Q + 2 Q² + ... + 2 Q^(t−2) + Q^(t−1): PEFT's series, which is not quite orthogonal."""
-    total = torch.eye(skew.shape[-1]).repeat(skew.shape[0], 1, 1)
+def neumann(turn: torch.Tensor, terms: int) -> torch.Tensor:
+    """I + 2 Q + 2 Q² + ... + 2 Q^(t−2) + Q^(t−1), as PEFT sums it: not quite orthogonal. Q [n, width, width].
+
+    With t = 3 PEFT's loop does not run, and its sum is that of four terms; with t = 2 it is I + 2 Q.
+    """
+    total = torch.eye(turn.shape[-1]).repeat(turn.shape[0], 1, 1)
     if terms > 1:
-        total = total + 2 * skew
-        power = skew
-        for _ in range(2, terms - 1):
-            power = power @ skew
+        total = total + 2 * turn
+    if terms > 2:
+        power = turn @ turn
+        total = total + 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ turn
             total = total + 2 * power
-        total = total + power @ skew
+        total = total + power @ turn
     return total
 
 
-def _cayley(skew: torch.Tensor) -> torch.Tensor:
+def cayley(turn: torch.Tensor) -> torch.Tensor:
     """(I − Q) (I + Q)⁻¹."""
-    eye = torch.eye(skew.shape[-1])
-    turned: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    eye = torch.eye(turn.shape[-1])
+    turned: torch.Tensor = torch.linalg.solve(eye + turn, eye - turn, left=False)
     return turned
 
 
@@ -93,7 +98,7 @@ def boft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
                 metadata={"key": "boft_n_butterfly_factor"},
             )
         r = target.number("boft_R", *found)[0]
-        draft.put(target.name, Block(_cayley((r - r.transpose(1, 2)) / 2)))
+        draft.put(target.name, Block(cayley((r - r.transpose(1, 2)) / 2)))
         scale, bias = target.number("boft_s", target.outputs, 1).flatten(), target.site.bias
         draft.put(target.name, Affine(scale=scale, shift=None if bias is None else (1 - scale) * bias))
 

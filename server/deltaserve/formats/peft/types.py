@@ -4,14 +4,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from deltaserve.deltas.delta import Delta, Provenance
+from deltaserve.deltas.primitives import LowRank, tensors
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
-from deltaserve.errors import FailedPrecondition, InvalidArgument
+from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.peft import dense, heads, ia3, lora, lowrank, norms, prompts, shared, sparse, tokens, turns
+from deltaserve.formats.peft import (
+    dense,
+    frozen,
+    heads,
+    ia3,
+    lora,
+    lowrank,
+    norms,
+    ofweight,
+    prompts,
+    shared,
+    sparse,
+    spectra,
+    spectral,
+    tokens,
+    turns,
+    vectors,
+)
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.options import Options
+from deltaserve.formats.peft.options import Options, shown
+from deltaserve.formats.peft.refused import REFUSED
 from deltaserve.formats.wanted import Wanted
 
 _TUNER = ("base_model.model.",)
@@ -43,7 +64,18 @@ TYPES: Mapping[str, Type] = {
     "VBLORA": Type(shared.VBLORA_OPTIONS, shared.vblora, _SHARED),
     "LOHA": Type(dense.LOHA_OPTIONS, dense.loha),
     "LOKR": Type(dense.LOKR_OPTIONS, dense.lokr),
-    "FOURIERFT": Type(dense.FOURIERFT_OPTIONS, dense.fourierft),
+    "UNILORA": Type(vectors.UNILORA_OPTIONS, vectors.unilora, _SHARED),
+    "TINYLORA": Type(vectors.TINYLORA_OPTIONS, vectors.tinylora, _SHARED),
+    "POLY": Type(vectors.POLY_OPTIONS, vectors.poly),
+    "RANDLORA": Type(frozen.RANDLORA_OPTIONS, frozen.randlora, _SHARED),
+    "FROD": Type(frozen.FROD_OPTIONS, frozen.frod, _SHARED),
+    "FOURIERFT": Type(spectra.FOURIERFT_OPTIONS, spectra.fourierft),
+    "WAVEFT": Type(spectra.WAVEFT_OPTIONS, spectra.waveft),
+    "PSOFT": Type(spectral.PSOFT_OPTIONS, spectral.psoft),
+    "OSF": Type(spectral.OSF_OPTIONS, spectral.osf),
+    "DEFT": Type(ofweight.DEFT_OPTIONS, ofweight.deft),
+    "PEANUT": Type(ofweight.PEANUT_OPTIONS, ofweight.peanut),
+    "GLORA": Type(ofweight.GLORA_OPTIONS, ofweight.glora),
     "C3A": Type(dense.C3A_OPTIONS, dense.c3a),
     "HIRA": Type(dense.HIRA_OPTIONS, dense.hira),
     "OFT": Type(turns.OFT_OPTIONS, turns.oft),
@@ -57,12 +89,16 @@ TYPES: Mapping[str, Type] = {
     "PREFIX_TUNING": Type(prompts.PREFIX_OPTIONS, prompts.lower_prefix, _PROMPT),
     "PROMPT_TUNING": Type(prompts.PROMPT_OPTIONS, prompts.lower_prompt, _PROMPT),
     "P_TUNING": Type(prompts.P_TUNING_OPTIONS, prompts.lower_prompt, _PROMPT),
+    "CPT": Type(prompts.CPT_OPTIONS, prompts.lower_prompt, _PROMPT),
+    "MULTITASK_PROMPT_TUNING": Type(prompts.MULTITASK_OPTIONS, prompts.lower_multitask, _PROMPT),
+    "CARTRIDGE": Type(prompts.CARTRIDGE_OPTIONS, prompts.lower_prefix, _PROMPT),
 }
 
 KINDS = (
     *("lora", "dora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
     *("loha", "lokr", "fourierft", "c3a", "hira", "oft", "boft", "road", "shira", "supertuning", "ln-tuning"),
-    *("beft", "ia3", "prefix-tuning", "prompt-tuning", "p-tuning"),
+    *("unilora", "tinylora", "poly", "randlora", "frod", "waveft", "psoft", "osf", "deft", "peanut", "glora"),
+    *("beft", "ia3", "prefix-tuning", "cartridge", "prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning"),
     *("trainable-tokens", "bias", "head", "selective-module"),
 )
 """What a delta may say it is: its methods first, what goes with them after."""
@@ -79,6 +115,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     head = heads.lower(checkpoint, draft, task)
     row.lower(checkpoint, draft, weights)
     checkpoint.finish()
+    _check_numbers(draft)
     if draft.nothing():
         checkpoint.warnings.append("all its numbers are those of a fresh start: it changes nothing")
     labels, problem, assumed = _labels(checkpoint, draft)
@@ -105,14 +142,34 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     )
 
 
+def _check_numbers(draft: Draft) -> None:
+    """Each number of the file is finite; what a lowering makes of them may not be. Raises BadCheckpoint."""
+    largest = torch.finfo(torch.float32).max
+    for name, primitives in draft.at.items():
+        for primitive in primitives:
+            scaled = not isinstance(primitive, LowRank) or abs(primitive.scale) <= largest
+            if not scaled or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(primitive)):
+                raise BadCheckpoint(
+                    f"the numbers for {name!r} are finite, and what they come to is not in float32; was the training "
+                    "stable?",
+                    metadata={"module": name},
+                )
+
+
 def _type(config: Mapping[str, Any]) -> Type:
     named = config.get("peft_type")
     row = TYPES.get(named) if isinstance(named, str) else None
     if row is None:
+        if isinstance(named, str) and named in REFUSED:
+            raise FailedPrecondition(
+                f"config key 'peft_type' is {named!r}, which this release does not serve: {REFUSED[named]}",
+                reason="KIND_NOT_SERVED",
+                metadata={"peft_type": named},
+            )
         raise FailedPrecondition(
-            f"config key 'peft_type' is {named!r}; this release serves {', '.join(TYPES)}",
+            f"config key 'peft_type' is {shown(named)}; this release serves {', '.join(TYPES)}",
             reason="KIND_NOT_SERVED",
-            metadata={"peft_type": str(named), "served": ",".join(TYPES)},
+            metadata={"peft_type": shown(named), "served": ",".join(TYPES)},
         )
     return row
 

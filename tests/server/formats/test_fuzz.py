@@ -1,0 +1,366 @@
+"""Checkpoints of every kind with one or two things spoilt: lowered or refused in words, soon, and without a trace.
+
+What is lowered can be installed and holds finite numbers alone. Reading opens no file but the checkpoint's own, no
+socket and no process, unpickles nothing but tensors, and takes bounded time and memory.
+"""
+
+import contextlib
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driven import written
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from methods import GENERATING, Case, cases
+from safetensors.torch import load_file, save
+
+from deltaserve.backbone.load import load
+from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.primitives import LowRank
+from deltaserve.errors import DeltaserveError
+from deltaserve.formats.folder import CONFIG, PICKLED, SAFETENSORS
+from deltaserve.formats.peft.types import TYPES
+from deltaserve.formats.registry import read
+
+FAMILIES = ("llama", "bert", "t5")
+SECONDS = 5.0
+ROOM = 1 << 30
+"""Bytes that a reader may take beside what the process has; the checkpoints have some thousand."""
+
+
+@dataclass
+class Files:
+    """A checkpoint to be spoilt: first its parts, then the bytes that they make."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    pickled: bool = False
+    late: list[Callable[[dict[str, bytearray]], None]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        made = {CONFIG: bytearray(json.dumps(self.config).encode())}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        if self.pickled:
+            torch.save(tensors, folder / PICKLED)
+            made[PICKLED] = bytearray((folder / PICKLED).read_bytes())
+        else:
+            made[SAFETENSORS] = bytearray(save(tensors))
+        for change in self.late:
+            change(made)
+        for name, content in made.items():
+            (folder / name).write_bytes(content)
+
+
+def shared(family: str) -> list[Case]:
+    """The families take turns at the methods; the few last ones, which not all have, are in the others too."""
+    turn = FAMILIES.index(family)
+    return [case for n, case in enumerate(cases(family)) if n % len(FAMILIES) == turn or case.method in GENERATING]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Backbone]:
+    """Backbones by family; `<folder>/<case>` beside each holds a checkpoint."""
+    made = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written(family, shared(family), folder)
+        made[family] = load(str(folder / "backbone"), dtype="float32", device="cpu")
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(opened: Mapping[str, Backbone]) -> list[tuple[Backbone, dict[str, Any], dict[str, torch.Tensor]]]:
+    """Every checkpoint as it was, simplest first; each can be read."""
+    found = []
+    for family, backbone in opened.items():
+        for case in shared(family):
+            folder = Path(backbone.name).parent / case.name
+            checked(folder, backbone)
+            config = json.loads((folder / CONFIG).read_text())
+            found.append((backbone, config, load_file(folder / SAFETENSORS)))
+    return found
+
+
+class Watch:
+    """What Python reports to audit hooks while `folder` is set: things that reading a checkpoint never does."""
+
+    NEVER = (
+        "socket.",
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.spawn",
+        "os.posix_spawn",
+        "ctypes.dlopen",
+        "os.remove",
+    )
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.seen: list[str] = []
+        self._known = tuple(str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev"))
+        self._known += tuple(str(Path(p).resolve()) for p in sys.path if p)
+        sys.addaudithook(self._heard)
+
+    def _heard(self, event: str, told: tuple[Any, ...]) -> None:
+        if self.folder is None:
+            return
+        if event.startswith(self.NEVER):
+            self.seen.append(f"{event} {told!r}"[:200])
+        elif event == "open" and isinstance(told[0], str | bytes):
+            path = str(Path(told[0] if isinstance(told[0], str) else told[0].decode()).absolute())
+            if not path.startswith((str(self.folder), *self._known)):
+                self.seen.append(f"open {path}")
+        elif event == "pickle.find_class" and told[0].partition(".")[0] not in ("torch", "collections"):
+            self.seen.append(f"{event} {told!r}")
+
+
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    return Watch()
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Fails what takes more than SECONDS, or ROOM where the system can say no."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - start < SECONDS
+
+
+def checked(folder: Path, backbone: Backbone, **told: bool) -> None:
+    """Reads a checkpoint, and asserts that what comes of it can be installed and computed with."""
+    delta = read(folder, backbone.spec, backbone.weights, **told)
+    assert delta.kinds and delta.provenance.tensors_matched > 0
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in delta.tensors())
+    scales = [one.scale for primitives in delta.at.values() for one in primitives if isinstance(one, LowRank)]
+    assert all(abs(scale) <= torch.finfo(torch.float32).max for scale in scales)
+    backbone.install(0, delta)
+    backbone.remove(0, delta)
+
+
+HOSTILE = (
+    *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 10**400, 0.5, 1e-320, 1e38, -1e308, float("nan"), float("inf")),
+    *("", "x", "all-linear", "default", ".*", "(a+)+$", r"(.*\.)*(.*\.)*(.*\.)*(.*\.)*(.*\.)*z", "(", "(?i)"),
+    *(r"\1", "x" * 3000, "../../etc/passwd", "/etc/passwd", "http://127.0.0.1:9/x", "os.system", "\0", "\ud800", "é"),
+    *([], {}, [[]], [None], [""], ["q"], [-1], [1 << 70], [0] * 20_000, {"": 1}, {"q": 0}, {"q": {"q": 1}}, {"(": 2}),
+)  # fmt: skip
+VALUES = st.sampled_from(HOSTILE) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(sorted(TYPES)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+DTYPES = (
+    *(torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32),
+    *(torch.int64, torch.bool),
+)
+NUMBERS = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 0.0, 1.0, -1.0, 1e20)
+OPTIONS = sorted(
+    set().union(*(row.options.used | row.options.inert | set(row.options.refused) for row in TYPES.values()))
+)
+
+
+def picked(draw: st.DrawFn, files: Files) -> str:
+    return draw(st.sampled_from(sorted(files.tensors)))
+
+
+def replaced_value(draw: st.DrawFn, files: Files) -> None:
+    key = draw(st.sampled_from(sorted(files.config)) | st.sampled_from(OPTIONS) | st.text(max_size=5))
+    files.config[key] = draw(VALUES)
+
+
+def replaced_inside(draw: st.DrawFn, files: Files) -> None:
+    """One entry of a list or of an object in the config."""
+    nested = sorted(key for key, value in files.config.items() if isinstance(value, list | dict) and value)
+    if nested:
+        key = draw(st.sampled_from(nested))
+        inner = files.config[key] = json.loads(json.dumps(files.config[key]))
+        place = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+        inner[place] = draw(VALUES)
+
+
+def removed_key(draw: st.DrawFn, files: Files) -> None:
+    del files.config[draw(st.sampled_from(sorted(files.config)))]
+
+
+def other_type(draw: st.DrawFn, files: Files) -> None:
+    files.config["peft_type"] = draw(st.sampled_from(sorted(TYPES)))
+
+
+def reshaped(draw: st.DrawFn, files: Files) -> None:
+    name = picked(draw, files)
+    shape = draw(st.lists(st.integers(0, 40), max_size=4))
+    tensor = files.tensors[name]
+    ways = (
+        tensor.flatten(), tensor.T if tensor.ndim == 2 else tensor, tensor.unsqueeze(0), tensor[:0],
+        tensor[:1] if tensor.ndim else tensor, torch.ones(shape, dtype=tensor.dtype),
+    ) if tensor.ndim else (tensor.unsqueeze(0), torch.ones(shape))  # fmt: skip
+    files.tensors[name] = draw(st.sampled_from(ways)).clone()
+
+
+def retyped(draw: st.DrawFn, files: Files) -> None:
+    name = picked(draw, files)
+    files.tensors[name] = files.tensors[name].to(draw(st.sampled_from(DTYPES)))
+
+
+def renumbered(draw: st.DrawFn, files: Files) -> None:
+    """One number, or all of a tensor."""
+    name = picked(draw, files)
+    tensor = files.tensors[name] = files.tensors[name].clone()
+    number = draw(st.sampled_from(NUMBERS))
+    if not tensor.is_floating_point():
+        number = draw(st.sampled_from((-1, 0, 1, 100, 127)))
+    at = slice(None) if draw(st.booleans()) else slice(0, 1)
+    tensor.flatten()[at] = number if tensor.dtype != torch.uint8 else abs(int(number))
+
+
+def names(files: Files) -> st.SearchStrategy[str]:
+    known = sorted(files.tensors)
+    words = (
+        "base_model.model.lm_head.weight",
+        "base_model.model.score.weight",
+        "prompt_embeddings",
+        "base_model.",
+        "",
+        "漢" * 5000,
+    )
+    layers = [name.replace(".0.", ".9.") for name in known]
+    return st.sampled_from([*known, *words, *layers, *(n + ".x" for n in known[:3])]) | st.text(max_size=9)
+
+
+def renamed(draw: st.DrawFn, files: Files) -> None:
+    name = picked(draw, files)
+    files.tensors[draw(names(files))] = files.tensors.pop(name)
+
+
+def duplicated(draw: st.DrawFn, files: Files) -> None:
+    name = picked(draw, files)
+    files.tensors[draw(names(files))] = files.tensors[name].clone()
+
+
+def removed(draw: st.DrawFn, files: Files) -> None:
+    del files.tensors[picked(draw, files)]
+
+
+def truncated(draw: st.DrawFn, files: Files) -> None:
+    share, which = draw(st.floats(0, 1)), draw(st.integers(0, 1))
+
+    def cut(made: dict[str, bytearray]) -> None:
+        content = made[sorted(made)[which]]
+        del content[int(len(content) * share) :]
+
+    files.late.append(cut)
+
+
+def flipped(draw: st.DrawFn, files: Files) -> None:
+    """Some bytes anywhere, or in the first ones, where the header is."""
+    which, near = draw(st.integers(0, 1)), draw(st.booleans())
+    flips = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
+
+    def flip(made: dict[str, bytearray]) -> None:
+        content = made[sorted(made)[which]]
+        reach = min(len(content), 400) if near else len(content)
+        for share, mask in flips if reach else ():
+            content[int(reach * share)] ^= mask
+
+    files.late.append(flip)
+
+
+def misdescribed(draw: st.DrawFn, files: Files) -> None:
+    """An entry of the safetensors header that says what is not so."""
+    name, key = picked(draw, files), draw(st.sampled_from(("shape", "dtype", "data_offsets")))
+    value = draw(st.sampled_from((["F32"], "F64", "F4", "I64", [1 << 40], [0], [-1], [1 << 62, 8], [0, 1 << 50], None)))
+
+    def rewrite(made: dict[str, bytearray]) -> None:
+        content = made.get(SAFETENSORS)
+        if content is not None:
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            if name in header:
+                header[name][key] = value
+            told = json.dumps(header).encode()
+            content[: 8 + size] = len(told).to_bytes(8, "little") + told
+
+    files.late.insert(0, rewrite)
+
+
+def pickled(draw: st.DrawFn, files: Files) -> None:
+    """The same as an archive of torch.save, its bytes flipped."""
+    files.pickled = True
+    flipped(draw, files)
+
+
+SPOILS = (
+    *(replaced_value, replaced_inside, removed_key, other_type, reshaped, retyped, renumbered, renamed, duplicated),
+    *(removed, truncated, flipped, misdescribed, pickled),
+)
+
+
+def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
+    """Reads so many spoilt checkpoints; returns how many were lowered, and how many were refused."""
+    outcomes = {"lowered": 0, "refused": 0}
+
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        backbone, config, tensors = whole[data.draw(st.integers(0, len(whole) - 1))]
+        files = Files(dict(config), dict(tensors))
+        for spoil in data.draw(st.lists(st.sampled_from(SPOILS), min_size=1, max_size=2)):
+            if files.tensors and files.config:
+                spoil(data.draw, files)
+        folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+        files.write(folder)
+        watch.folder, refusals = folder, list[str]()
+        try:
+            with bounded():
+                checked(folder, backbone, allow_pickle=files.pickled)
+            outcomes["lowered"] += 1
+        except DeltaserveError as error:
+            refusals.append(error.message)
+        finally:
+            watch.folder = None
+            shutil.rmtree(folder)
+        assert not watch.seen
+        if refusals:
+            (said,) = refusals
+            assert 0 < len(said) < 2000
+            assert str(folder) not in said, "where the server keeps its files is nobody's business"
+            outcomes["refused"] += 1
+
+    one()
+    return outcomes
+
+
+@pytest.mark.timeout(300)
+def test_spoilt_checkpoints_are_lowered_or_refused(whole: list[Any], watch: Watch) -> None:
+    outcomes = fuzz(whole, watch, 2000)
+    assert min(outcomes.values()) > 100, outcomes
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_many_spoilt_checkpoints(whole: list[Any], watch: Watch) -> None:
+    outcomes = fuzz(whole, watch, 20_000)
+    assert min(outcomes.values()) > 1000, outcomes

@@ -1,0 +1,332 @@
+"""Every type of PEFT that is served: what it needs of a checkpoint is checked, and the backbone is only read."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.primitives import Affine, Block, Dense, LowRank, Sparse
+from deltaserve.deltas.sites import SiteType
+from deltaserve.errors import BadCheckpoint, DeltaserveError, FailedPrecondition
+from deltaserve.formats.peft.types import TYPES
+from deltaserve.formats.registry import read
+from deltaserve_kernels.testing import error_ratio
+
+
+def tuner(word: str, **told: Any) -> Any:
+    return getattr(peft, f"{word}Config")(**({"target_modules": ["query", "intermediate.dense"]} | told))
+
+
+def square(word: str, **told: Any) -> Any:
+    """For methods that cut a weight into blocks: `intermediate.dense` has 25 outputs."""
+    return tuner(word, target_modules=["query", "value"], **told)
+
+
+MADE: Mapping[str, Callable[[], Any]] = {
+    "LORA": lambda: tuner("Lora", r=2, lora_bias=True),
+    "IA3": lambda: tuner("IA3", feedforward_modules=[]),
+    "ADALORA": lambda: tuner("AdaLora", init_r=3, target_r=2, total_step=9),
+    "DELORA": lambda: tuner("Delora", r=2),
+    "GRALORA": lambda: square("Gralora", r=4, gralora_k=2, hybrid_r=2),
+    "HRA": lambda: tuner("HRA", r=2),
+    "MISS": lambda: tuner("Miss", r=2),
+    "VERA": lambda: tuner("Vera", r=3),
+    "PVERA": lambda: tuner("Pvera", r=3),
+    "VBLORA": lambda: square("VBLoRA", r=2, num_vectors=5, vector_length=4, topk=2),
+    "LOHA": lambda: tuner("LoHa", r=2),
+    "LOKR": lambda: square("LoKr", r=2),
+    "FOURIERFT": lambda: tuner("FourierFT", n_frequency=20),
+    "WAVEFT": lambda: tuner("WaveFT", n_frequency=20),
+    "C3A": lambda: square("C3A", block_size=4),
+    "HIRA": lambda: tuner("Hira", r=2),
+    "OFT": lambda: square("OFT", oft_block_size=4, r=0),
+    "BOFT": lambda: square("BOFT", boft_block_size=4),
+    "ROAD": lambda: square("Road", group_size=4),
+    "SHIRA": lambda: tuner("Shira", r=2),
+    "SUPERTUNING": lambda: tuner("Supertuning", r=2, sparsity=0.1, save_precomputed_indices=True),
+    "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]),
+    "BEFT": lambda: tuner("Beft"),
+    "UNILORA": lambda: tuner("UniLora", r=2, theta_d_length=40, save_indices=True),
+    "TINYLORA": lambda: tuner("TinyLora", r=2, u=4),
+    "POLY": lambda: square("Poly", r=2, n_skills=3, n_splits=2),
+    "RANDLORA": lambda: tuner("RandLora", r=3),
+    "FROD": lambda: tuner("Frod", sparse_rate=0.1, progressbar=False),
+    "PSOFT": lambda: tuner("Psoft", r=3),
+    "OSF": lambda: tuner("OSF", effective_rank=13),
+    "DEFT": lambda: tuner("Deft", r=2),
+    "PEANUT": lambda: tuner("Peanut", r=2, depth=1),
+    "GLORA": lambda: tuner("Glora", r=2),
+    "TRAINABLE_TOKENS": lambda: tuner("TrainableTokens", target_modules=["word_embeddings"], token_indices=[3, 1]),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3),
+    "CARTRIDGE": lambda: peft.CartridgeConfig(num_virtual_tokens=3),
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(num_virtual_tokens=3),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+    "CPT": lambda: peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]
+    ),
+    "MULTITASK_PROMPT_TUNING": lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_ranks=2),
+}
+"""A small checkpoint of each type, on BERT; CPT is for causal language models alone."""
+
+SPARED = {"RANDLORA": ("query.randlora_A", "query.randlora_B", "dense.randlora_A", "dense.randlora_B")}
+"""Tensors that may be missing: copies of others."""
+SPARED["TINYLORA"] = ("tinylora_P",)
+"""PEFT draws it again."""
+
+
+def family(kind: str) -> str:
+    return "gpt2" if kind == "CPT" else "bert"
+
+
+@pytest.fixture
+def made(written: Any, backbones: Mapping[str, Backbone]) -> Iterator[Callable[[str], tuple[Any, Any]]]:
+    """`made("LORA")` is a checkpoint, and a function that lowers it; no weight of the backbone changes by it."""
+    before = {name: _fingerprint(backbone) for name, backbone in backbones.items()}
+
+    def do(kind: str) -> tuple[Any, Any]:
+        config = MADE[kind]()
+        config.task_type = "CAUSAL_LM" if kind == "CPT" else "FEATURE_EXTRACTION"
+        spoilt, backbone = written(family(kind), config), backbones[family(kind)]
+        return spoilt, lambda: read(spoilt.folder, backbone.spec, backbone.weights)
+
+    yield do
+    assert {name: _fingerprint(backbone) for name, backbone in backbones.items()} == before
+
+
+def _fingerprint(backbone: Backbone) -> str:
+    digest = hashlib.sha256()
+    for name, site in backbone.spec.sites.items():
+        if site.type is not SiteType.ATTENTION:
+            digest.update(backbone.weights(name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parts(folder: Any) -> dict[str, str]:
+    """One tensor of each part that the type saves: the name's last words, without those of the module."""
+    found: dict[str, str] = {}
+    for name in load_file(folder / "adapter_model.safetensors"):
+        found.setdefault(".".join(word for word in name.split(".")[-4:] if not word.isdigit()), name)
+    return found
+
+
+def test_table_is_whole() -> None:
+    assert set(MADE) == set(TYPES)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_each_tensor_is_needed(kind: str, made: Any) -> None:
+    spoilt, reading = made(kind)
+    delta = reading()
+    assert delta.kinds
+    assert delta.provenance.tensors_matched == len(load_file(spoilt.folder / "adapter_model.safetensors"))
+    for part, name in _parts(spoilt.folder).items():
+        if part.endswith(SPARED.get(kind, "nothing")):
+            continue
+        held: dict[str, torch.Tensor] = {}
+        spoilt.tensors(lambda tensors, name=name, held=held: held.update(tensors) or tensors.pop(name))
+        with pytest.raises((BadCheckpoint, FailedPrecondition)) as raised:
+            reading()
+        assert name.rpartition("base_model.")[2].removeprefix("model.") in str(raised.value) or kind in NAMED, name
+        spoilt.tensors(lambda tensors, held=held: tensors.update(held))
+
+
+NAMED = ("TRAINABLE_TOKENS", "LOKR", "SUPERTUNING", "VBLORA", "LOHA")
+"""What is missing decides which of several layouts it is: the message names another tensor of the module."""
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_each_shape_and_number_is_checked(kind: str, made: Any) -> None:
+    spoilt, reading = made(kind)
+    for name in _parts(spoilt.folder).values():
+        whole = load_file(spoilt.folder / "adapter_model.safetensors")
+        for change in (_longer, _flatter, _spoilt):
+            changed = change(whole[name])
+            if changed is not None:
+                spoilt.tensors(lambda tensors, name=name, changed=changed: tensors.update({name: changed}))
+                with pytest.raises((BadCheckpoint, FailedPrecondition)):
+                    reading()
+        spoilt.tensors(lambda tensors, name=name, whole=whole: tensors.update({name: whole[name]}))
+    reading()
+
+
+def _longer(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat((tensor, tensor[:1]))
+
+
+def _flatter(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(0)
+
+
+def _spoilt(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN, or a place far outside."""
+    changed = tensor.clone()
+    changed.flatten()[0] = float("nan") if tensor.dtype.is_floating_point else 1 << 20
+    return changed
+
+
+SIZES = {"LORA": "r", "FOURIERFT": "n_frequency", "WAVEFT": "n_frequency", "C3A": "block_size"}
+SIZES |= dict.fromkeys(("UNILORA", "TINYLORA", "POLY", "RANDLORA", "PSOFT", "DEFT", "PEANUT", "GLORA", "HIRA"), "r")
+SIZES |= dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "P_TUNING", "CPT"), "num_virtual_tokens")
+SIZES |= {"MULTITASK_PROMPT_TUNING": "num_ranks", "ROAD": "group_size", "VBLORA": "num_vectors"}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("size", [0, 7, 1 << 13, 1 << 40, "2", None])
+def test_size_is_checked_before_anything_is_made(kind: str, size: Any, made: Any) -> None:
+    spoilt, reading = made(kind)
+    spoilt.config(**{SIZES[kind]: size})
+    with pytest.raises(DeltaserveError):
+        reading()
+
+
+OPTIONS: tuple[tuple[str, str, Any], ...] = (
+    ("RANDLORA", "save_projection", False),
+    ("FROD", "save_projection", False),
+    ("WAVEFT", "wavelet_family", "db2"),
+    ("PSOFT", "psoft_svd", "lowrank"),
+    ("PEANUT", "act_fn", "xielu"),
+    ("PEANUT", "act_fn", ["relu"]),
+    ("GLORA", "bias", "glora_only"),
+    ("PVERA", "sample_at_inference", True),
+    ("POLY", "n_tasks", 2),
+    ("MULTITASK_PROMPT_TUNING", "num_tasks", 2),
+)
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), OPTIONS)
+def test_option_is_refused_by_its_key(kind: str, key: str, value: Any, made: Any) -> None:
+    spoilt, reading = made(kind)
+    spoilt.config(**{key: value})
+    with pytest.raises(FailedPrecondition, match=f"'{key}'") as raised:
+        reading()
+    assert raised.value.reason == "OPTION_NOT_SERVED"
+    assert raised.value.metadata["key"] == key
+
+
+VALUES: tuple[tuple[str, str, Any, str], ...] = (
+    ("DEFT", "decomposition_method", "svd", "'decomposition_method' is 'svd'"),
+    ("PSOFT", "ab_svd_init", "x", "'ab_svd_init' is 'x'"),
+    ("PSOFT", "psoft_orth", "yes", "true or false is expected"),
+    ("PEANUT", "depth", -1, "'depth' is -1"),
+    ("GLORA", "config_A_B", "x", "'config_A_B' is 'x'"),
+    ("GLORA", "config_C", "constant", "'config_C' is 'constant'"),
+    ("POLY", "n_splits", 3, "'n_splits' is 3, which does not divide"),
+    ("POLY", "poly_type", "x", "'poly_type' is 'x'"),
+    ("WAVEFT", "random_loc_seed", -1, "'random_loc_seed' is -1"),
+    ("UNILORA", "theta_d_length", 41, r"shape \[40\]; .* \[41\]"),
+    ("TINYLORA", "projection_seed", 1.5, "'projection_seed' is 1.5"),
+    ("TINYLORA", "weight_tying", "x", "'weight_tying' is 'x'"),
+)
+
+
+@pytest.mark.parametrize(("kind", "key", "value", "said"), VALUES)
+def test_value_is_refused(kind: str, key: str, value: Any, said: str, made: Any) -> None:
+    spoilt, reading = made(kind)
+    spoilt.config(**{key: value})
+    with pytest.raises(BadCheckpoint, match=said):
+        reading()
+
+
+def test_unilora_deals_no_more_numbers_than_the_weights_have(made: Any) -> None:
+    """Without its indices nothing in the file bounds the rank."""
+    spoilt, reading = made("UNILORA")
+    spoilt.tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if "theta" not in name])
+    spoilt.config(save_indices=False)
+    assert reading().kinds == ("unilora",)
+    spoilt.config(r=1 << 14)
+    with pytest.raises(BadCheckpoint, match="more numbers than the weights"):
+        reading()
+
+
+def test_frod_of_bases_that_are_none(made: Any) -> None:
+    """Bases that W cannot be written in: what is left of it is nothing, and no NaN."""
+    spoilt, reading = made("FROD")
+    spoilt.tensors(lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "frod_V" in name])
+    changes = [part.weight for parts in reading().at.values() for part in parts]
+    assert changes and not any(bool(change.any()) for change in changes)
+
+
+def test_randlora_copies_must_be_copies(made: Any) -> None:
+    spoilt, reading = made("RANDLORA")
+    name = "base_model.model.encoder.layer.0.attention.self.query.randlora_A"
+    spoilt.tensors(lambda tensors: tensors[name].add_(1))
+    with pytest.raises(BadCheckpoint, match="is not the randlora_A that all modules share"):
+        reading()
+
+
+def applied(primitives: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The order of deltaserve.deltas.primitives, written down once more."""
+    by = {type(primitive): primitive for primitive in primitives}
+    blocks, affine = by.get(Block), by.get(Affine, Affine())
+    if blocks is not None and not blocks.outputs:
+        x = x @ torch.block_diag(*blocks.blocks)
+    u = x if affine.in_scale is None else x * affine.in_scale
+    dense = by.get(Dense)
+    y = functional.linear(u, weight, bias) if dense is None or not dense.replace else 0
+    if dense is not None:
+        y = y + functional.linear(u, dense.weight, dense.bias)
+    if LowRank in by:
+        y = y + by[LowRank].scale * (u @ by[LowRank].a.T) @ by[LowRank].b.T
+    if Sparse in by:
+        index = by[Sparse].index.long()
+        y = y + u @ torch.zeros_like(weight).index_put((index[0], index[1]), by[Sparse].values).T
+    if blocks is not None and blocks.outputs:
+        y = y @ torch.block_diag(*blocks.blocks)
+    y = y if affine.scale is None else y * affine.scale
+    return y if affine.shift is None else y + affine.shift
+
+
+MORE: Mapping[str, Callable[[], Any]] = {
+    f"GLORA {of_weight} {of_inputs} {of_bias}": lambda told=(of_weight, of_inputs, of_bias): tuner(
+        "Glora", r=2, config_A_B=told[0], config_C=told[1], config_D_E=told[2]
+    )
+    for of_weight in ("lora", "vector", "constant", "none")
+    for of_inputs in ("lora", "vector", "none")
+    for of_bias in ("constant", "vector", "none")
+} | {
+    "WAVEFT dense": lambda: tuner("WaveFT", n_frequency=200),
+    "WAVEFT direct": lambda: tuner("WaveFT", n_frequency=20, use_idwt=False),
+    "PEANUT silu": lambda: tuner("Peanut", r=2, act_fn="silu"),
+    "DEFT wide": lambda: tuner("Deft", r=20, decomposition_method="qr"),
+    "OSF none": lambda: tuner("OSF", effective_rank=16, rank_pattern={"query": 3}),
+    "TINYLORA wide": lambda: tuner("TinyLora", r=30, u=4, weight_tying=1.0, save_projection=False),
+    "OFT two": lambda: square("OFT", oft_block_size=4, r=0, num_cayley_neumann_terms=2),
+}
+MORE |= {f"PEANUT {act}": lambda act=act: tuner("Peanut", r=2, act_fn=act) for act in ("gelu_new", "mish", "relu6")}
+ELSEWHERE = {"LN_TUNING", "CPT", "CARTRIDGE", "TRAINABLE_TOKENS", "MULTITASK_PROMPT_TUNING"}
+ELSEWHERE |= {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+"""Not at linear layers."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*MADE, *MORE) if kind not in ELSEWHERE])
+def test_each_linear_computes_what_pefts_does(kind: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
+    """Odd sizes, and options beside those of tests/parity, on rows of noise."""
+    backbone = backbones["bert"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = (MADE | MORE)[kind]()
+    spoilt = written("bert", config)
+    delta = read(spoilt.folder, backbone.spec, backbone.weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = transformers.AutoModel.from_pretrained(backbone.name, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(plain, spoilt.folder).eval()
+    told = {"task_ids": torch.zeros(1, dtype=torch.long)} if kind == "POLY" else {}
+    assert delta.at
+    for name, primitives in delta.at.items():
+        site = backbone.spec.sites[name]
+        x = torch.randn(1, 6, site.in_features, generator=torch.Generator().manual_seed(len(name)))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = model.base_model.model.get_submodule(name.removeprefix("bert."))(x, **told)
+        ours = applied(primitives, x, backbone.weights(name), site.bias)
+        assert error_ratio(ours, theirs) <= 1e-5, name
