@@ -41,10 +41,13 @@ def micro(
     wait: Annotated[float, typer.Option(min=0, help="Minutes that a case waits at most until others are idle.")] = 0,
     threads: Threads = None,
     seed: Seed = 0,
+    only: Annotated[str, typer.Option(help="Cases whose name has this in it; the others' rows stay.")] = "",
 ) -> None:
     """The cost of a packed forward: without deltas, with deltas that no row uses, with a LoRA for each request."""
     place = _start(device, threads)
-    chosen = forward_costs.cases(place, quick=quick, tiny=tiny)
+    chosen = [case for case in forward_costs.cases(place, quick=quick, tiny=tiny) if only in str(case)]
+    if not chosen:
+        raise typer.BadParameter(f"no case has {only!r} in its name", param_hint="--only")
     rows: list[Row] = []
     with screen.progress(console) as bar:
         for case in chosen:
@@ -54,7 +57,7 @@ def micro(
             rows += forward_costs.run(case, place, seed, partial(bar.advance, task))
             if not console.is_terminal:
                 console.print(f"done: {case}; others kept {rows[-1].others:.2f} cores busy")
-    write(out, rows, origin(seed, place))
+    write(out, rows, origin(seed, place), keep=bool(only))
     console.print(
         screen.times(rows, forward_costs.KEYS, "one forward of 8 requests ÷ transformers' own, medians of rounds")
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Literal
+from typing import Any, Literal
 
 Outcome = Literal["measured", "right", "wrong", "left out", "not yet"]
 
@@ -61,7 +61,14 @@ class Origin:
     device: str
 
 
-def write(file: Path, rows: Iterable[Row], origin: Origin) -> None:
-    """Writes rows to `file`, replacing what was there."""
+def write(file: Path, rows: Iterable[Row], origin: Origin, *, keep: bool = False) -> None:
+    """Writes rows to `file`, instead of what was there; with `keep`, only instead of rows of the same parameters."""
+    found = [json.loads(line) for line in file.read_text().splitlines()] if keep and file.is_file() else []
+    by_key = {_key(row): row for row in found}
+    by_key.update({_key(row): row for row in ({**asdict(row), "origin": asdict(origin)} for row in rows)})
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({**asdict(row), "origin": asdict(origin)}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in by_key.values()))
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return json.dumps((row["name"], row["parameters"]), sort_keys=True)

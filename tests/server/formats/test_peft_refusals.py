@@ -92,6 +92,8 @@ VALUES: tuple[tuple[str, Any, str], ...] = (
     ("r", 2.5, "'r' is 2.5"),
     ("r", 1 << 30, "'r' is 1073741824"),
     ("lora_alpha", "much", "'lora_alpha' is 'much'"),
+    ("lora_alpha", 10**400, "'lora_alpha' is 1000"),
+    ("lora_alpha", float("inf"), "'lora_alpha' is inf"),
     ("lora_alpha", float("nan"), "'lora_alpha' is nan"),
     ("rank_pattern", {"c_attn": -1}, r"rank_pattern\['c_attn'\]"),
     ("rank_pattern", [1], "'rank_pattern'"),

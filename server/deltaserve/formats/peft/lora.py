@@ -12,7 +12,7 @@ from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import LINEARS, Target, biases, parameters, targets
 
-_LATER = "this release does not serve it"
+_LATER = "this release does not serve that"
 OPTIONS = options.Options(
     used=frozenset(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -31,7 +31,7 @@ OPTIONS = options.Options(
         "loftq_config": "LoftQ needs data that is not in the checkpoint",
         "corda_config": "CorDA needs data that is not in the checkpoint",
         "lora_ga_config": "LoRA-GA needs data that is not in the checkpoint",
-        "ensure_weight_tying": f"{_LATER} LoRA on tied embeddings",
+        "ensure_weight_tying": f"it tunes tied embeddings together, and {_LATER}",
     },
 )
 

@@ -1,6 +1,6 @@
 """A PEFT config's keys: what each may be, and which ones this release refuses by name."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +143,8 @@ def _integer(value: Any, key: str, most: int) -> int:
 
 
 def _number(value: Any, key: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # A whole number may be larger than any float, and of that isfinite makes an error of its own.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise BadCheckpoint(f"config key {key!r} is {shown(value)}; a number is expected")
     return float(value)
 
