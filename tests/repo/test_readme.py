@@ -51,13 +51,18 @@ def test_there_is_a_readme() -> None:
     assert {"demo", "test"} <= {words[1] for _, words in commands() if words[0] == "make"}
 
 
-def test_every_kind_and_family_is_named() -> None:
+def test_what_is_served_is_what_the_readme_says(root: Path) -> None:
     from deltaserve.backbone.families import FAMILIES
+    from deltaserve.formats.peft.types import TYPES
     from deltaserve.formats.registry import KINDS
 
-    text = README.read_text().casefold().replace("³", "3").replace("-", "")
-    names = [*KINDS, *(family.name.replace("_", "") for family in FAMILIES)]
-    assert [name for name in names if name.replace("-", "") not in text] == []
+    def plain(text: str) -> str:
+        return re.sub("[-_]", "", text.casefold().replace("³", "3"))
+
+    ours, table = README.read_text(), (root / "server" / "deltaserve" / "formats" / "README.md").read_text()
+    assert [family.name for family in FAMILIES if plain(family.name) not in plain(ours)] == []
+    assert [kind for kind in KINDS if plain(kind) not in plain(ours + table)] == []
+    assert f"{len(TYPES)} of PEFT's" in ours
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=f"line {line}") for line, code in blocks("python")])

@@ -1,8 +1,10 @@
 """What a server says of itself in its log."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from deltaserve.app.summary import Summary, Traffic
@@ -15,6 +17,15 @@ SUMMARY = Summary(
     deltas=("a@1", "b@2"), delta_root=None, seconds=1.25,
 )  # fmt: skip
 STATS = EngineStats(2, 3, 0, 100, 50, 1000, 500, 10, 5, resident=(1,))
+
+
+@pytest.fixture(autouse=True)
+def everything_is_logged() -> Iterator[None]:
+    """Servers that other tests keep running have told structlog to leave out all but errors."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**before)
 
 
 def record(tokens: int, deltas: tuple[str, ...]) -> StepRecord:

@@ -362,5 +362,5 @@ def test_spoilt_checkpoints_are_lowered_or_refused(whole: list[Any], watch: Watc
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_many_spoilt_checkpoints(whole: list[Any], watch: Watch) -> None:
-    outcomes = fuzz(whole, watch, 20_000)
-    assert min(outcomes.values()) > 1000, outcomes
+    outcomes = fuzz(whole, watch, 8_000)
+    assert min(outcomes.values()) > 500, outcomes
