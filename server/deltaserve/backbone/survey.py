@@ -51,7 +51,6 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         prefix=family.prefix,
         hidden_size=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
-        layers=len(prefix_sites),
         prefix_sites=prefix_sites,
         prefix_positions=family.prefix_positions,
         heads=heads,
@@ -62,8 +61,6 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         tied=tuple(path for path in alike if path != embedding),
         first_position=first,
         max_positions=None if limit is None else int(limit) - first,
-        labels=dict(getattr(config, "id2label", None) or {}),
-        problem_type=getattr(config, "problem_type", None),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +45,6 @@ class Delta:
     pooling: Pooling | None = None
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor, in the order in which the pool lays them out."""

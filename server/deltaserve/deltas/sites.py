@@ -1,7 +1,7 @@
 """Where in a backbone a delta may act, told without the backbone: what formats need to lower and to validate."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -88,7 +88,6 @@ class BackboneSpec:
     the bare base model leave it out.
     `prefix_sites`: attention sites that prefix-tuning fills, by layer. `prefix_positions`: whether a prefix shifts the
     positions of real tokens. `prefix_pre`: relative position of prefix row p for query i is p − i + prefix_pre · n.
-    `prompt_axis`: whether soft prompts go before the encoder's or the only stack's rows (always TOKENS here).
     `input_embedding`: the site that looks tokens up; `tied`: the other sites that have its weight.
     `first_position`: of a sequence's first row (RoBERTa begins behind its pad id). `max_positions`: rows of one
     sequence at most, or None where positions are relative.
@@ -101,7 +100,6 @@ class BackboneSpec:
     prefix: str
     hidden_size: int
     vocab_size: int
-    layers: int
     prefix_sites: tuple[str, ...]
     prefix_positions: bool
     heads: Mapping[Task, HeadSpec]
@@ -112,5 +110,3 @@ class BackboneSpec:
     tied: tuple[str, ...] = ()
     first_position: int = 0
     max_positions: int | None = None
-    labels: Mapping[int, str] = field(default_factory=dict)
-    problem_type: str | None = None
