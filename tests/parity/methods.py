@@ -71,7 +71,7 @@ METHODS: Mapping[str, Make] = {
     "tokens": _tuner("TrainableTokens", target_modules=lambda f: [f.embedding], token_indices=list(range(40, 4, -1))),
     "ln-tuning": lambda f: peft.LNTuningConfig(target_modules=f.norms),
     "ia3": _ia3,
-    "randlora": _tuner("RandLora", r=6, randlora_alpha=18, target_modules=lambda f: list(f.linears)),
+    "randlora": _tuner("RandLora", r=6, randlora_alpha=6, target_modules=lambda f: list(f.linears)),
     "waveft": _tuner("WaveFT", n_frequency=70, scaling=10.0),
     "waveft-direct": _tuner("WaveFT", n_frequency=50, scaling=5.0, use_idwt=False, proportional_parameters=True),
     "unilora": _tuner("UniLora", r=4, theta_d_length=500, proj_seed=3),

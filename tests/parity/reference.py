@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 SEED = 20_261_124
-NEW_TOKENS = 16
+NEW_TOKENS = 32
 LABELS = 3
 
 
