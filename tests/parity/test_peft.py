@@ -114,7 +114,7 @@ def worst(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name}: {ratio:.1e}" for name, ratio in sorted(found.items(), key=lambda item: -item[1]))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_delta_moves_the_output(name: str, prepared: Any) -> None:
     made = prepared(name)
@@ -128,7 +128,7 @@ def test_each_delta_moves_the_output(name: str, prepared: Any) -> None:
     assert not still, worst(still)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_batch_equals_peft_alone(name: str, mixed: Callable[[str], Mixed]) -> None:
     made = mixed(name)
@@ -148,7 +148,7 @@ def test_batch_was_mixed(name: str, mixed: Callable[[str], Mixed]) -> None:
     assert len(most.deltas) == len(mixed(name).prepared.cases)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
 def test_alone_equals_peft(name: str, mixed: Callable[[str], Mixed], server: Any) -> None:
     made = mixed(name).prepared
