@@ -54,7 +54,8 @@ def truth(q, keys, values, position: int, slot: int, case: Case, prefix: PrefixT
         # The prefix stands before token 0: a window may have left it behind.
         seen = [p for p in range(n) if case.window is None or p > n + i - case.window]
         for j in range(keys.shape[0] - n):
-            if (j <= i or not case.causal) and (case.window is None or j > i - case.window):
+            near = case.window is None or (i - j if case.causal else abs(i - j)) < case.window
+            if near and (j <= i or not case.causal):
                 seen.append(n + j)
         places = [p + pre if p < n else p - n + tok for p in seen]
         for head in range(case.heads):
@@ -126,14 +127,19 @@ CASES = {
     "one kv head": Case(kv_heads=1, width=5),
     "window": Case(window=3),
     "window whole": Case(window=4, causal=False),
+    "window of one whole": Case(window=1, causal=False),
+    "window wider than the text whole": Case(window=13, causal=False),
+    "softcap window whole": Case(softcap=1.5, window=3, causal=False),
     "softcap": Case(softcap=1.5),
     "softcap window": Case(softcap=1.5, window=2, kv_heads=2),
     "prefix": Case(prefixes=True),
     "prefix grouped window": Case(prefixes=True, kv_heads=2, window=3),
     "prefix whole": Case(prefixes=True, causal=False),
+    "prefix window whole": Case(prefixes=True, causal=False, kv_heads=2, window=3),
     "bias": Case(biased=True),
     "bias whole": Case(biased=True, causal=False),
     "bias prefix": Case(biased=True, prefixes=True),
+    "bias window whole": Case(biased=True, window=3, causal=False),
     "bias prefix whole": Case(biased=True, prefixes=True, causal=False),
 }
 

@@ -28,7 +28,8 @@ def attend(
 
     query [rows, heads, d]; key and value [key rows, kv_heads, d]; cache: keys and values [tokens, kv_heads, d] each,
     which get this forward's first, at `sequences.write`. Head h reads KV head h // (heads / kv_heads). Causal: the
-    query of index i sees token keys j ≤ i, and with a window those j > i − window. The prefix stands before token 0.
+    query of index i sees token keys j ≤ i, and with a window those j > i − window. Not causal: it sees all, and with a
+    window those |i − j| < window. The n rows of a prefix stand before token 0, at j = −n to −1.
     Returns [rows, heads, d] in the query's dtype; rows of no sequence are zero.
     """
     if sequences.write is not None:

@@ -38,13 +38,16 @@ class Attention:
     def hidden(self, sequence: Sequence, prefix: int, device: torch.device) -> torch.Tensor | None:
         """bool [queries, prefix + keys]: True where a query may not look; None where it may look everywhere."""
         whole = sequence.queries == 1 and sequence.keys == sequence.position + 1
-        if (not self.sequences.causal or whole) and self.window is None:
+        furthest = prefix + max(sequence.position + sequence.queries, sequence.keys) - 1
+        if (not self.sequences.causal or whole) and (self.window is None or furthest < self.window):
             return None
         index = torch.arange(sequence.position, sequence.position + sequence.queries, device=device).unsqueeze(1)
         keys = torch.arange(sequence.keys, device=device)
         mask = keys > index if self.sequences.causal else torch.zeros_like(keys > index)
         if self.window is not None:
             mask = mask | (keys <= index - self.window)
+            if not self.sequences.causal:
+                mask = mask | (keys >= index + self.window)
         before = mask.new_zeros(sequence.queries, prefix)
         if self.window is not None:
             # The prefix stands before the first token, at positions of its own.
