@@ -146,7 +146,7 @@ def _prompt(scene: Scene) -> torch.Tensor:
     return out
 
 
-def _attention(scene: Scene, *, causal: bool, biased: bool) -> torch.Tensor:
+def _attention(scene: Scene, *, causal: bool, biased: bool, window: int | None = None) -> torch.Tensor:
     """Prefill and decode rows of grouped heads over a cache whose unused rows are NaN, with prefixes."""
     prefix = PrefixTable(DELTAS, scene.device)
     for slot in range(0, DELTAS, 2):
@@ -172,7 +172,7 @@ def _attention(scene: Scene, *, causal: bool, biased: bool) -> torch.Tensor:
     sequences = Sequences(tuple(items), causal, places)
     found = attend(
         query, keys, values, sequences,
-        cache=(cache[0], cache[1]), prefix=prefix, scale=HEAD_DIM**-0.5, bias=bias,
+        cache=(cache[0], cache[1]), prefix=prefix, scale=HEAD_DIM**-0.5, bias=bias, window=window,
     )  # fmt: skip
     return found.flatten(1)
 
@@ -190,6 +190,7 @@ OPS: Mapping[str, Op] = {
     "attention, causal": lambda scene: _attention(scene, causal=True, biased=False),
     "attention, causal, T5 bias": lambda scene: _attention(scene, causal=True, biased=True),
     "attention, both ways, T5 bias": lambda scene: _attention(scene, causal=False, biased=True),
+    "attention, both ways, window": lambda scene: _attention(scene, causal=False, biased=False, window=4),
 }
 
 
