@@ -44,7 +44,8 @@ class Plan:
     `maps`: a RowMap for every axis. `attention`: who attends to what, by the axis of the attention's keys (cross-
     attention is `memory`). `tokens` or `decoder` may be None (T5 with nobody to encode, or nobody to decode).
     `memory`: rows of `tokens` whose cross keys and values are made, int64. `sampled`: rows that get logits, of
-    `decoder` if the backbone has one, else of `tokens`. `pooled`: rows of `tokens` for the backbone's pooler.
+    `decoder` if the backbone has one, else of `tokens`. `pooled`: rows of `tokens` for the backbone's pooler; where
+    `averaged` is given, it gets the mean of so many of them in turn.
     """
 
     maps: Mapping[Axis, RowMap]
@@ -54,6 +55,7 @@ class Plan:
     memory: torch.Tensor
     sampled: torch.Tensor
     pooled: torch.Tensor
+    averaged: tuple[int, ...] | None = None
 
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]

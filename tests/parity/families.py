@@ -12,7 +12,11 @@ VOCABULARY, SPECIAL = 96, 4
 
 @dataclass(frozen=True)
 class Family:
-    """`auto` makes the plain model; `linears` and `ia3` (targets, feed-forward ones) are names of its modules."""
+    """`auto` makes the plain model; `linears` and `ia3` (targets, feed-forward ones) are names of its modules.
+
+    `stored`: the class whose checkpoint the backbone is, where `auto` lacks a part of it. `pooler`: a module in what
+    stands between the base model and the heads of the tasks in `pooled`. `unable`: methods that PEFT cannot do on it.
+    """
 
     name: str
     config: Callable[[], Any]
@@ -25,6 +29,10 @@ class Family:
     encoder_decoder: bool = False
     embedding: str = "embed_tokens"
     norms: str = r".*norm.*|.*ln_.*|.*LayerNorm.*|.*layer_norm.*"
+    stored: str = ""
+    pooler: str = ""
+    pooled: tuple[str, ...] = ()
+    unable: tuple[str, ...] = ()
     few: bool = False
     """Only the methods in FEW, in `make test`."""
 
@@ -56,6 +64,21 @@ FAMILIES = {
             ),
             "AutoModel", "FEATURE_EXTRACTION", ("query", "value", "dense"), r".*layer\.[12].*(key|output\.dense)",
             (("key", "value", "output.dense"), ("output.dense",)), embedding="word_embeddings",
+            pooler="pooler.dense", pooled=("SEQ_CLS",),
+        ),
+        Family(
+            "modernbert",
+            lambda: transformers.ModernBertConfig(
+                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
+                max_position_embeddings=96, local_attention=6, mlp_bias=True, classifier_bias=True, norm_bias=True,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+            ),
+            "AutoModel", "FEATURE_EXTRACTION", ("Wqkv", "Wo", "Wi"), r".*layers\.[13].*(Wqkv|mlp\.Wo)",
+            (("Wqkv", "mlp.Wo"), ("mlp.Wo",)), embedding="tok_embeddings", stored="AutoModelForMaskedLM",
+            pooler="head.dense", pooled=("SEQ_CLS", "TOKEN_CLS"),
+            unable=("prefix", "prefix-projected", "cartridge", "lora-layers"),
+            # The first layer has an Identity for its attn_norm, which PEFT cannot tune.
+            norms=r".*(\.[1-9]\.attn_norm|mlp_norm|final_norm|embeddings\.norm)",
         ),
         Family(
             "gpt2",

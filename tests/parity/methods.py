@@ -36,6 +36,7 @@ def _cpt(family: Family) -> Any:
 
 
 NORM = {"t5": "layer_norm", "flan-t5": "final_layer_norm", "bert": "LayerNorm", "gpt2": "ln_2", "llama": "norm"}
+NORM |= {"modernbert": "attn_norm"}
 """A norm of each family that is tried in full."""
 
 METHODS: Mapping[str, Make] = {
@@ -156,11 +157,16 @@ DECODERS: Mapping[str, Make] = {
     "multitask-prompt": lambda f: peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_ranks=3),
 }
 """PEFT does these at causal language models alone."""
+POOLED: Mapping[str, Make] = {
+    "lora-pooler": _lora(target_modules=lambda f: [f.linears[0], f.pooler]),
+    "lora-saved-pooler": _lora(modules_to_save=lambda f: [f.pooler.partition(".")[0]]),
+}
+"""Tried where a head reads what the backbone's pooler makes."""
 HEADED = ("lora", "lora-bias-all", "ia3", "prefix", "prompt")
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 NO_TOKEN_HEAD = ("gemma3", "opt")
 """transformers has no class for it."""
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "modernbert")
 FEW = ("lora-all-linear", "dora", "lora-bias-all", "ia3", "prefix", "prompt", "lora-lm-head")
 FEW += ("lora-embedding", "dora-embedding", "lora-tokens", "tokens", "ln-tuning", "oft", "shira")
 """What is tried on a family that another one much like it covers in full."""
@@ -193,7 +199,8 @@ def cases(family: str) -> list[Case]:
         # PEFT cannot give a prompt to transformers' token classifiers of decoders.
         if family in ENCODERS or (task, method) != ("TOKEN_CLS", "prompt")
     ]
-    return plain + headed
+    pooled = [Case(family, method, task) for task in row.pooled for method in POOLED]
+    return [case for case in plain + headed + pooled if case.method not in row.unable]
 
 
 def covering(family: str) -> list[Case]:
@@ -201,7 +208,7 @@ def covering(family: str) -> list[Case]:
     whole = cases(family)
     if FAMILIES[family].few:
         return [case for case in whole if case.method in FEWEST]
-    return [case for case in whole if case.method in FEWEST or _share(case) == family]
+    return [case for case in whole if case.method in (*FEWEST, *POOLED) or _share(case) == family]
 
 
 FEWEST = ("lora-all-linear", "ia3", "prefix", "prompt")
@@ -216,6 +223,6 @@ def _share(case: Case) -> str:
 
 def config(case: Case) -> Any:
     """PEFT's config of a case."""
-    made = (METHODS | LINEAR_ONLY | GENERATING | DECODERS)[case.method](FAMILIES[case.family])
+    made = (METHODS | LINEAR_ONLY | GENERATING | DECODERS | POOLED)[case.method](FAMILIES[case.family])
     made.task_type = case.task
     return made

@@ -50,7 +50,7 @@ def backbone(family: Family, folder: Path) -> None:
     transformers.set_seed(SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, family.auto).from_config(family.config())
+        model = getattr(transformers, family.stored or family.auto).from_config(family.config())
         drawn(model, SEED)
         model.tie_weights()
         model.save_pretrained(folder)

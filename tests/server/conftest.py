@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, T5Config
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
 
 from deltaserve.backbone.load import load
 from deltaserve.backbone.model import Backbone
@@ -41,6 +49,14 @@ def _llama(**changed: Any) -> PretrainedConfig:
     return LlamaConfig(**values | heads | dict(bos_token_id=None, eos_token_id=2, pad_token_id=0) | changed)
 
 
+def _modernbert(**changed: Any) -> PretrainedConfig:
+    """Layers 0 and 3 attend to everything, 1 and 2 to three rows on either side."""
+    values = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+    values |= dict(num_attention_heads=4, max_position_embeddings=POSITIONS, local_attention=6)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    return ModernBertConfig(**values | ids | changed)
+
+
 CONFIGS: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     "t5": ("AutoModelForSeq2SeqLM", _t5),
     "t5-gated": (
@@ -56,6 +72,17 @@ CONFIGS: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=POSITIONS,
+        ),
+    ),
+    "modernbert": ("AutoModelForMaskedLM", _modernbert),
+    "modernbert-mean": (
+        "AutoModelForMaskedLM",
+        lambda: _modernbert(
+            classifier_pooling="mean",
+            attention_bias=True,
+            mlp_bias=True,
+            norm_bias=True,
+            classifier_bias=True,
         ),
     ),
     "gpt2": (

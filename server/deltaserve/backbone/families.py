@@ -36,9 +36,12 @@ class Family:
 
     `axes`: (pattern, axis) for modules that do not work on `tokens` rows; the first full match wins.
     `prefix`: the task model's name for the base model. `base_only`: the base model is loaded, without its prefix.
-    `head_dim` names the attribute of an attention module. `prefix_axis`: whose attentions prefix-tuning fills.
-    `prefix_pre`: see BackboneSpec. `pooler`: module that makes the pooled row, or None. `first_position`: of a text,
-    where that is not 0, by the model's config. `objection`: why a model of this type is not served after all, or None.
+    `unused`: modules of the loader's class that nothing here runs; they are dropped, and may be missing on disk.
+    `head_dim` names the attribute of an attention module. `prefix_axis`: whose attentions prefix-tuning fills, or None
+    where transformers' code takes no keys and values from outside. `prefix_pre`: see BackboneSpec.
+    `pooler`: module that makes the pooled row, or None. By the model's config: `averages`: whether a sequence's pooler
+    reads the mean of its rows instead of the first; `first_position`: of a text, where that is not 0; `objection`: why
+    a model of this type is not served after all, or None.
     """
 
     name: str
@@ -50,13 +53,15 @@ class Family:
     jobs: frozenset[str]
     prefix: str = ""
     base_only: bool = False
+    unused: tuple[str, ...] = ()
     axes: tuple[tuple[str, Axis], ...] = ()
     heads: Mapping[Task, HeadSpec] = field(default_factory=dict)
-    prefix_axis: Axis = Axis.TOKENS
+    prefix_axis: Axis | None = Axis.TOKENS
     prefix_positions: bool = True
     prefix_pre: int = 0
     absolute_positions: bool = True
     pooler: str | None = None
+    averages: Callable[[Any], bool] = lambda _: False
     first_position: Callable[[Any], int] = lambda _: 0
     objection: Callable[[Any], str | None] = lambda _: None
 
@@ -141,6 +146,26 @@ FAMILIES: tuple[Family, ...] = (
         "roberta",
         HeadSpec("classifier", Pooling.CLS, (("dense", "tanh"), ("out_proj", None))),
         first_position=lambda config: int(config.pad_token_id) + 1,
+    ),
+    Family(
+        name="modernbert",
+        model_types=("modernbert",),
+        # Of its classes that have the `head` of all classifiers, the one that its checkpoints are made for.
+        loader="AutoModelForMaskedLM",
+        shape=Shape.ENCODER,
+        attentions=(AttentionRow(r"model\.layers\.\d+\.attn", Axis.TOKENS, causal=False, cached=False),),
+        head_dim="head_dim",
+        jobs=frozenset({"classify", "embed"}),
+        prefix="model",
+        unused=("decoder",),
+        axes=((r"head\..*", Axis.POOLED),),
+        heads={
+            Task.SEQUENCE_CLASSIFICATION: HeadSpec("classifier", Pooling.POOLER),
+            Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.POOLER_TOKENS),
+        },
+        prefix_axis=None,
+        pooler="head",
+        averages=lambda config: config.classifier_pooling == "mean",
     ),
     _decoder(
         "gpt2",

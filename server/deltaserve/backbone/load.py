@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from deltaserve.backbone import attention
-from deltaserve.backbone.families import family_of
+from deltaserve.backbone.families import Family, family_of
 from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.sites import THROUGH_POOLER
 from deltaserve.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def load(
     _alone(name, config)
     place = _device(device)
     kind = _dtype(dtype, place)
-    model = _model(name, revision, family.loader, config, kind)
-    missing = _missing(name, model[1], family.pooler, family.prefix)
+    model = _model(name, revision, family, config, kind)
+    missing = _missing(name, model[1], family)
     backbone = Backbone(
         name=served_name or name,
         family=family,
@@ -75,6 +76,12 @@ def _alone(name: str, config: PretrainedConfig) -> None:
             "release serves those that do not",
             reason="BACKBONE_NOT_SERVED",
         )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise FailedPrecondition(
+            f"backbone {name!r} has use_bidirectional_attention set: a {config.model_type} model that attends both "
+            "ways is not served",
+            reason="BACKBONE_NOT_SERVED",
+        )
     if getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
         raise FailedPrecondition(
             f"backbone {name!r} has is_decoder set: a {config.model_type} model that attends causally is not served",
@@ -83,11 +90,11 @@ def _alone(name: str, config: PretrainedConfig) -> None:
 
 
 def _model(
-    name: str, revision: str | None, loader: str, config: PretrainedConfig, dtype: torch.dtype
+    name: str, revision: str | None, family: Family, config: PretrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     attention.register()
     try:
-        model, info = getattr(transformers, loader).from_pretrained(
+        model, info = getattr(transformers, family.loader).from_pretrained(
             name,
             revision=revision,
             config=config,
@@ -101,15 +108,19 @@ def _model(
         raise FailedPrecondition(
             f"backbone {name!r} cannot be loaded: {_first_line(error)}", reason="BACKBONE_NOT_LOADED"
         ) from error
+    for module in family.unused:
+        delattr(model, module)
     return model, info
 
 
-def _missing(name: str, info: dict[str, Any], pooler: str | None, prefix: str) -> bool:
-    """Whether only the pooler's weights are absent (checkpoints of masked language models). Raises for any other."""
-    missing = sorted(info.get("missing_keys", ()))
-    below = (pooler or "").removeprefix(prefix + ".")
-    if missing and pooler and all(key.removeprefix(prefix + ".").startswith(below + ".") for key in missing):
-        log.warning("the backbone's checkpoint has no pooler: deltas for sequence classification will be refused")
+def _missing(name: str, info: dict[str, Any], family: Family) -> bool:
+    """Whether only the pooler's weights are absent (BERT's masked language models). Raises for any other."""
+    start = family.prefix + "."
+    missing = [key for key in sorted(info.get("missing_keys", ())) if key.partition(".")[0] not in family.unused]
+    below = (family.pooler or "").removeprefix(start) + "."
+    if missing and family.pooler and all(key.removeprefix(start).startswith(below) for key in missing):
+        lost = " and ".join(task for task, head in family.heads.items() if head.pooling in THROUGH_POOLER)
+        log.warning("the backbone's checkpoint has no %s: deltas for %s will be refused", family.pooler, lost)
         return True
     if missing:
         raise FailedPrecondition(

@@ -174,17 +174,20 @@ class Backbone:
 
     def _encoder_only(self, plan: Plan) -> Rows:
         assert plan.tokens is not None
-        model: Any = self.model
-        out = model(
+        types = {"token_type_ids": plan.tokens.token_types.unsqueeze(0)} if self.type_vocab_size else {}
+        out = self.model.base_model(
             inputs_embeds=self._embed(self.model.get_input_embeddings(), plan.tokens),
             position_ids=plan.tokens.positions.unsqueeze(0),
-            token_type_ids=plan.tokens.token_types.unsqueeze(0),
+            **types,
         )
         hidden = out.last_hidden_state[0]
         pooled = None
         if self._pooler is not None and plan.pooled.numel():
-            # transformers' pooler reads row 0 of each sequence: every pooled row is handed in as a sequence of one.
-            pooled = self._pooler(hidden[plan.pooled].unsqueeze(1))
+            read = hidden[plan.pooled]
+            if plan.averaged is not None:
+                read = torch.stack([rows.float().mean(0) for rows in read.split(list(plan.averaged))]).to(read.dtype)
+            # BERT's pooler reads row 0 of each sequence: every pooled row is handed in as a sequence of one.
+            pooled = self._pooler(read.unsqueeze(1)).flatten(0, -2)
         return Rows(tokens=hidden, decoder=None, pooled=pooled)
 
     def _encoder_decoder(self, plan: Plan) -> Rows:
@@ -219,11 +222,12 @@ class Backbone:
         return found
 
     def _take_pooler(self) -> torch.nn.Module | None:
-        """The model would pool row 0 of the packed rows; it is ours to call instead, on the right rows."""
+        """A base model would pool row 0 of the packed rows; it is ours to call instead, on the right rows."""
         if self.family.pooler is None:
             return None
         pooler: torch.nn.Module = self._modules[self.family.pooler]
-        self.model.pooler = None
+        if self.family.base_only:
+            self.model.pooler = None
         return pooler if self.family.pooler + ".dense" in self.spec.sites else None
 
 

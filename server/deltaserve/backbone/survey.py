@@ -1,13 +1,14 @@
 """Finds the sites of a transformers model: what a BackboneSpec says of it."""
 
 import re
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaserve.backbone.families import Family
-from deltaserve.deltas.sites import Axis, BackboneSpec, Pooling, Site, SiteType
+from deltaserve.deltas.sites import THROUGH_POOLER, Axis, BackboneSpec, HeadSpec, Pooling, Site, SiteType, Task
 
 
 def named_modules(family: Family, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -28,10 +29,10 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
     # A table that an attention reads by itself, T5's of relative positions, is given no rows of requests.
     inner = {path for path, site in sites.items() if site.type is SiteType.EMBEDDING and _attended(path, sites)}
     sites = {path: site for path, site in sites.items() if path not in inner}
-    heads = dict(family.heads)
+    heads = _heads(family, config)
     if family.pooler is not None and not has_pooler:
         sites = {path: site for path, site in sites.items() if not path.startswith(family.pooler + ".")}
-        heads = {task: head for task, head in heads.items() if head.pooling is not Pooling.POOLER}
+        heads = {task: head for task, head in heads.items() if head.pooling not in THROUGH_POOLER}
     prefix_sites = tuple(
         path
         for path in modules
@@ -62,6 +63,15 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         first_position=first,
         max_positions=None if limit is None else int(limit) - first,
     )
+
+
+def _heads(family: Family, config: object) -> dict[Task, HeadSpec]:
+    if not family.averages(config):
+        return dict(family.heads)
+    return {
+        task: replace(head, pooling=Pooling.POOLER_MEAN) if head.pooling is Pooling.POOLER else head
+        for task, head in family.heads.items()
+    }
 
 
 def _attended(path: str, sites: dict[str, Site]) -> bool:

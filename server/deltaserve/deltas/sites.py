@@ -43,9 +43,15 @@ class Pooling(StrEnum):
     MEAN = "mean"
     CLS = "cls"  # the first row (of the soft prompt, if there is one)
     POOLER = "pooler"  # the first row through the backbone's own pooler
+    POOLER_MEAN = "pooler_mean"  # the mean of all rows (of the soft prompt's too), through that pooler
+    POOLER_TOKENS = "pooler_tokens"  # every row through that pooler
     LAST = "last"  # the last row
     LAST_REAL = "last_real"  # the last row whose id is not the pad id (transformers' decoder-only classifiers)
     TOKENS = "tokens"  # every row
+
+
+THROUGH_POOLER = frozenset({Pooling.POOLER, Pooling.POOLER_MEAN, Pooling.POOLER_TOKENS})
+"""What only a backbone with a pooler has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +92,11 @@ class BackboneSpec:
     `modules`: every module name of the task model in its order, heads excluded, for matching a config's targets.
     `prefix`: the task model's name for the base model (`bert`, `transformer`, `model`, or "" for T5): checkpoints of
     the bare base model leave it out.
-    `prefix_sites`: attention sites that prefix-tuning fills, by layer. `prefix_positions`: whether a prefix shifts the
-    positions of real tokens. `prefix_pre`: relative position of prefix row p for query i is p − i + prefix_pre · n.
-    `input_embedding`: the site that looks tokens up; `tied`: the other sites that have its weight.
-    `first_position`: of a sequence's first row (RoBERTa begins behind its pad id). `max_positions`: rows of one
-    sequence at most, or None where positions are relative.
+    `prefix_sites`: attention sites that prefix-tuning fills, by layer; none where transformers' code does not let it.
+    `prefix_positions`: whether a prefix shifts the positions of real tokens. `prefix_pre`: relative position of prefix
+    row p for query i is p − i + prefix_pre · n. `input_embedding`: the site that looks tokens up; `tied`: the other
+    sites that have its weight. `first_position`: of a sequence's first row (RoBERTa begins behind its pad id).
+    `max_positions`: rows of one sequence at most, or None where positions are relative.
     """
 
     name: str

@@ -33,11 +33,11 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Pooled:
-    """A sequence that ends in rows, not tokens: `rows` of its hidden rows, or `pooled_row` of the pooler's."""
+    """A sequence that ends in rows, not tokens: `rows` of its hidden rows, or `pooled_rows` of the pooler's."""
 
     sequence: Sequence
     rows: tuple[int, int]
-    pooled_row: int | None = None
+    pooled_rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,9 @@ class Planner:
         sampled: list[Sampled] = []
         rows_sampled: list[int] = []
         pooled: list[Pooled] = []
-        rows_pooled: list[tuple[int, int]] = []
+        rows_pooled: list[int] = []
+        runs_pooled: list[tuple[int, int]] = []
+        averaged: list[int] = []
 
         def sample(sequence: Sequence, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()) -> None:
             sampled.append(Sampled(sequence, len(rows_sampled), count, draw, targets))
@@ -138,11 +140,13 @@ class Planner:
             elif job is Job.GENERATE:
                 self._sample_prefill(chunk, first, sample)
             else:
-                place = Pooled(sequence, (first, first + chunk.count))
-                if self._wants_pooler(sequence):
-                    place = Pooled(sequence, (first, first + chunk.count), len(rows_pooled))
-                    rows_pooled.append((sequence.slot, first))
-                pooled.append(place)
+                span, made = (first, first + chunk.count), len(averaged)
+                read, counts = self._pooler_reads(sequence, *span)
+                rows_pooled.extend(read)
+                averaged.extend(counts)
+                if counts:
+                    runs_pooled.append((sequence.slot, len(counts)))
+                pooled.append(Pooled(sequence, span, (made, len(averaged)) if counts else None))
 
         tokens, decoder = axes[Axis.TOKENS], axes[Axis.DECODER]
         slots = [(s.sequence.slot, s.count) for s in sampled]
@@ -153,7 +157,7 @@ class Planner:
                 Axis.DECODER: RowMap.of(decoder.runs, device),
                 Axis.MEMORY: RowMap.of(memory_runs, device),
                 Axis.SAMPLED: RowMap.of(slots, device),
-                Axis.POOLED: RowMap.of([(slot, 1) for slot, _ in rows_pooled], device),
+                Axis.POOLED: RowMap.of(runs_pooled, device),
             },
             attention={
                 Axis.TOKENS: self._sequences(Axis.TOKENS, tokens.spans, tokens.write),
@@ -164,18 +168,26 @@ class Planner:
             decoder=decoder.stack(device),
             memory=torch.tensor(memory, dtype=torch.int64, device=device),
             sampled=torch.tensor(rows_sampled, dtype=torch.int64, device=device),
-            pooled=torch.tensor([row for _, row in rows_pooled], dtype=torch.int64, device=device),
+            pooled=torch.tensor(rows_pooled, dtype=torch.int64, device=device),
+            averaged=None if len(averaged) == len(rows_pooled) else tuple(averaged),
         )
         return Layout(plan, tuple(sampled), tuple(pooled))
 
-    def _wants_pooler(self, sequence: Sequence) -> bool:
+    @staticmethod
+    def _pooler_reads(sequence: Sequence, first: int, end: int) -> tuple[range, list[int]]:
+        """Rows of a sequence that the backbone's pooler reads, and of how many in turn each one that it makes is."""
         place = sequence.place
-        return (
-            sequence.request.job is Job.CLASSIFY
-            and place is not None
-            and place.delta is not None
-            and place.delta.pooling is Pooling.POOLER
-        )
+        if sequence.request.job is not Job.CLASSIFY or place is None or place.delta is None:
+            return range(0), []
+        match place.delta.pooling:
+            case Pooling.POOLER:
+                return range(first, first + 1), [1]
+            case Pooling.POOLER_MEAN:
+                return range(first, end), [end - first]
+            case Pooling.POOLER_TOKENS:
+                first += sequence.prompt_rows
+                return range(first, end), [1] * (end - first)
+        return range(0), []
 
     def _input_rows(self, axis: _Axis, chunk: Chunk) -> None:
         """Soft-prompt rows and ids of a chunk; keys are this forward's rows, or the cache where the axis has one."""

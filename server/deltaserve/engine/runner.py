@@ -95,9 +95,9 @@ class Runner:
         sequence = place.sequence
         assert sequence.place is not None and sequence.place.delta is not None
         match sequence.place.delta.pooling:
-            case Pooling.POOLER:
-                assert rows.pooled is not None and place.pooled_row is not None
-                return rows.pooled[place.pooled_row : place.pooled_row + 1]
+            case Pooling.POOLER | Pooling.POOLER_MEAN | Pooling.POOLER_TOKENS:
+                assert rows.pooled is not None and place.pooled_rows is not None
+                return rows.pooled[slice(*place.pooled_rows)]
             case Pooling.CLS:
                 return own[:1]
             case Pooling.LAST:

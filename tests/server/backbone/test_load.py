@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+)
 
 from deltaserve.backbone.load import load
-from deltaserve.deltas.sites import Axis, SiteType, Task
+from deltaserve.deltas.sites import Axis, Pooling, SiteType, Task
 from deltaserve.errors import FailedPrecondition
 
 Tiny = Callable[[str], Path]
@@ -54,11 +60,12 @@ def test_pickled_weights_are_not_read(copied):
     assert refusal(folder).reason == "BACKBONE_NOT_LOADED"
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-gated", "bert", "gpt2", "llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "bert", "modernbert", "gpt2", "llama", "llama-tied"])
 def test_missing_weights_are_named(name, copied):
     folder = copied(name)
     tensors = load_file(folder / "model.safetensors")
-    lost = next(key for key in tensors if key.endswith(("q.weight", "query.weight", "c_attn.weight", "q_proj.weight")))
+    attention = ("q.weight", "query.weight", "Wqkv.weight", "c_attn.weight", "q_proj.weight")
+    lost = next(key for key in tensors if key.endswith(attention))
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     error = refusal(folder)
@@ -92,6 +99,12 @@ def test_angles_of_one_kind_of_layer_count_too(copied):
     assert "dynamic" in refusal(folder).message
 
 
+def test_a_gemma_that_attends_both_ways_is_refused(copied):
+    folder = copied("llama")
+    change_config(folder, model_type="gemma3_text", use_bidirectional_attention=True)
+    assert "use_bidirectional_attention" in refusal(folder).message
+
+
 def test_a_causal_bert_is_refused(copied):
     folder = copied("bert")
     change_config(folder, is_decoder=True)
@@ -104,6 +117,28 @@ def test_a_checkpoint_without_a_pooler_serves_no_sequence_classification(tmp_pat
     spec = load(str(tmp_path), dtype="float32", device="cpu").spec
     assert set(spec.heads) == {Task.TOKEN_CLASSIFICATION}
     assert not any("pooler" in name for name in spec.sites)
+
+
+def test_a_modernbert_without_its_head_embeds_and_classifies_nothing(tiny, tmp_path, caplog):
+    ModernBertModel(AutoConfig.from_pretrained(tiny("modernbert"))).save_pretrained(tmp_path)
+    spec = load(str(tmp_path), dtype="float32", device="cpu").spec
+    assert not spec.heads and "model.layers.0.attn.Wqkv" in spec.sites
+    assert not any(name.startswith("head") for name in spec.sites)
+    assert "no head: deltas for sequence_classification and token_classification will be refused" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "modernbert-mean"])
+def test_a_modernbert_classifier_is_a_backbone_too(kind, tiny, tmp_path):
+    """Its `head` is the backbone's; its own classifier, like a masked language model's decoder, is not."""
+    ModernBertForSequenceClassification(AutoConfig.from_pretrained(tiny(kind))).save_pretrained(tmp_path)
+    backbone = load(str(tmp_path), dtype="float32", device="cpu")
+    whole = Pooling.POOLER if kind == "modernbert" else Pooling.POOLER_MEAN
+    assert {task: head.pooling for task, head in backbone.spec.heads.items()} == {
+        Task.SEQUENCE_CLASSIFICATION: whole,
+        Task.TOKEN_CLASSIFICATION: Pooling.POOLER_TOKENS,
+    }
+    assert not any("decoder" in name or "classifier" in name for name in backbone.spec.modules)
+    assert torch.equal(backbone.weights("head.dense"), load_file(tmp_path / "model.safetensors")["head.dense.weight"])
 
 
 @pytest.mark.parametrize("device", ["mps", "bogus", "cpu:3", "cuda:999", "cuda:x", ""])
@@ -138,6 +173,11 @@ def test_a_tokenizer_of_another_folder(tiny: Tiny, tmp_path):
         ("bert", "bert.encoder.layer.1.intermediate.dense", SiteType.LINEAR, Axis.TOKENS, (32, 48)),
         ("bert", "bert.pooler.dense", SiteType.LINEAR, Axis.POOLED, (32, 32)),
         ("bert", "bert.embeddings.LayerNorm", SiteType.NORM, Axis.TOKENS, (32, 32)),
+        ("modernbert", "model.layers.1.attn.Wqkv", SiteType.LINEAR, Axis.TOKENS, (32, 96)),
+        ("modernbert", "model.layers.1.attn_norm", SiteType.NORM, Axis.TOKENS, (32, 32)),
+        ("modernbert", "model.embeddings.tok_embeddings", SiteType.EMBEDDING, Axis.TOKENS, (101, 32)),
+        ("modernbert", "head.dense", SiteType.LINEAR, Axis.POOLED, (32, 32)),
+        ("modernbert", "head.norm", SiteType.NORM, Axis.POOLED, (32, 32)),
         ("gpt2", "transformer.h.2.attn.c_attn", SiteType.CONV1D, Axis.TOKENS, (32, 96)),
         ("gpt2", "transformer.wte", SiteType.EMBEDDING, Axis.TOKENS, (101, 32)),
         ("llama", "model.layers.0.self_attn.k_proj", SiteType.LINEAR, Axis.TOKENS, (32, 16)),
@@ -154,6 +194,7 @@ def test_sites(name, site, type_, axis, shape, tiny: Tiny):
     [
         ("t5-gated", "decoder.block.0.layer.1.EncDecAttention", 4, 12),
         ("bert", "bert.encoder.layer.0.attention.self", 4, 8),
+        ("modernbert", "model.layers.0.attn", 4, 8),
         ("gpt2", "transformer.h.0.attn", 4, 8),
         ("llama", "model.layers.1.self_attn", 2, 8),
         ("llama-tied", "model.layers.1.self_attn", 4, 12),

@@ -26,6 +26,7 @@ KINDS = {
     "t5": (*AT_LINEARS, "prompt"),
     "t5-gated": (*AT_LINEARS, "prompt"),
     "bert": (*AT_LINEARS, "prompt"),
+    "modernbert": (*AT_LINEARS, "prompt"),
     "gpt2": (*AT_LINEARS, "prompt", "prefix"),
     "llama": (*AT_LINEARS, "prompt", "prefix"),
     "llama-tied": (*AT_LINEARS, "prompt", "prefix"),
@@ -160,7 +161,7 @@ def test_generation_with_every_kind_in_one_batch(name, drive, plain, make_delta:
     assert checksum(driver.backbone) == before
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama", "llama-tied"])
 def test_hidden_rows_with_every_kind_in_one_batch(name, drive, plain, make_delta: Callable[..., Delta]):
     driver, model, kinds = drive(name), plain(name), KINDS[name]
     for key, kind in enumerate(kinds):
@@ -200,7 +201,13 @@ def read_rows(model: PreTrainedModel, delta: Delta, ids: tuple[int, ...]) -> tor
     match delta.pooling:
         case Pooling.POOLER:
             with hooked(model, delta):
-                return model.pooler(rows[:1].unsqueeze(0))
+                return model.head(rows[:1]) if hasattr(model, "head") else model.pooler(rows[:1].unsqueeze(0))
+        case Pooling.POOLER_MEAN:
+            with hooked(model, delta):
+                return model.head(rows.mean(0, keepdim=True))
+        case Pooling.POOLER_TOKENS:
+            with hooked(model, delta):
+                return model.head(rows[prompt:])
         case Pooling.CLS:
             return rows[:1]
         case Pooling.LAST:
@@ -215,6 +222,8 @@ def read_rows(model: PreTrainedModel, delta: Delta, ids: tuple[int, ...]) -> tor
     ("name", "poolings"),
     [
         ("bert", (Pooling.POOLER, Pooling.TOKENS, Pooling.CLS, Pooling.POOLER)),
+        ("modernbert", (Pooling.POOLER, Pooling.POOLER_TOKENS)),
+        ("modernbert-mean", (Pooling.POOLER_MEAN, Pooling.POOLER_TOKENS)),
         ("gpt2", (Pooling.LAST_REAL, Pooling.TOKENS, Pooling.LAST)),
         ("llama", (Pooling.LAST_REAL, Pooling.TOKENS)),
     ],
@@ -223,7 +232,8 @@ def test_heads_of_different_widths_in_one_batch(name, poolings, drive, plain, ma
     driver, model = drive(name), plain(name)
     kinds = [(kind, pooling) for kind in ("lowrank", "prompt", "affine") for pooling in poolings]
     for key, (kind, pooling) in enumerate(kinds):
-        task = Task.TOKEN_CLASSIFICATION if pooling is Pooling.TOKENS else Task.SEQUENCE_CLASSIFICATION
+        tokens = pooling in (Pooling.TOKENS, Pooling.POOLER_TOKENS)
+        task = Task.TOKEN_CLASSIFICATION if tokens else Task.SEQUENCE_CLASSIFICATION
         known = random_head(driver.backbone.spec, pooling, task, 1 + key % 4, layers=1 + key % 2)
         driver.publish(key, make_delta(kind, driver.backbone.spec, seed=key, **known))
     requests = [

@@ -22,6 +22,9 @@ CONFIGS = {
     "bert": ("AutoModel", lambda: transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=25,
         max_position_embeddings=32)),
+    "modernbert": ("AutoModelForMaskedLM", lambda: transformers.ModernBertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=25,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)),
     "opt": ("AutoModelForCausalLM", lambda: transformers.OPTConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16,
         max_position_embeddings=32)),

@@ -169,6 +169,13 @@ def test_embedding_target_is_refused(written: Any, reading: Any) -> None:
         reading("gpt2", spoilt)
 
 
+@pytest.mark.parametrize("make", [peft.PrefixTuningConfig, peft.CartridgeConfig])
+def test_prefix_where_the_backbone_has_no_way_in(make: Any, written: Any, reading: Any) -> None:
+    spoilt = written("modernbert", make(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"), auto="AutoModel")
+    with pytest.raises(FailedPrecondition, match=r"modernbert takes no keys and values from outside"):
+        reading("modernbert", spoilt)
+
+
 def test_saved_norm_of_another_width(written: Any, reading: Any) -> None:
     spoilt = written("gpt2", lora(modules_to_save=["ln_f"]))
     name = "base_model.model.transformer.ln_f.weight"

@@ -6,7 +6,7 @@ an MLP or an LSTM, a frozen part or a bounded change is on disk as its result: n
 
 from deltaserve.deltas.primitives import Prefix, SoftPrompt
 from deltaserve.deltas.sites import Weights
-from deltaserve.errors import BadCheckpoint
+from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
@@ -54,6 +54,13 @@ def lower_prefix(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
     del weights
     draft.kind(_KINDS[checkpoint.config["peft_type"]])
     spec, config = checkpoint.backbone, checkpoint.config
+    if not spec.prefix_sites:
+        raise FailedPrecondition(
+            f"config key 'peft_type' is {config['peft_type']!r}, and transformers' code for {spec.family} takes no "
+            "keys and values from outside: PEFT refuses such a delta, or runs without its prefix",
+            reason="KIND_NOT_SERVED",
+            metadata={"peft_type": str(config["peft_type"]), "family": spec.family},
+        )
     rows = _rows(checkpoint)
     layers = len(spec.prefix_sites)
     sites = [spec.sites[name] for name in spec.prefix_sites]
