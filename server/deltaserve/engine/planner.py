@@ -175,7 +175,7 @@ class Planner:
 
     @staticmethod
     def _pooler_reads(sequence: Sequence, first: int, end: int) -> tuple[range, list[int]]:
-        """Rows of a sequence that the backbone's pooler reads, and of how many in turn each one that it makes is."""
+        """Rows of a sequence that the backbone's pooler reads, and how many of them in turn make each of its own."""
         place = sequence.place
         if sequence.request.job is not Job.CLASSIFY or place is None or place.delta is None:
             return range(0), []
