@@ -34,10 +34,12 @@ class EmbeddingTable(SlotTable):
 
 
 class LookupTable(SlotTable):
-    """Columns A [r, vocabulary] and B [width, r], scalar scale."""
+    """Columns A [r, vocabulary], B [width, r], inner [r] and outer [width]; scalar scale. See `lowrank`."""
+
+    strided = frozenset((0, 1))
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        super().__init__(2, capacity, device)
+        super().__init__(4, capacity, device)
 
 
 def look_up(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: EmbeddingTable, factor: float = 1.0) -> None:
@@ -51,12 +53,18 @@ def look_up(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: Embedding
 
 
 def add_low_rank(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: LookupTable, factor: float = 1.0) -> None:
-    """y[row] += factor · scale · A[:, ids[row]]ᵀ Bᵀ, in place. y [rows, width], any float dtype, summed in fp32."""
+    """y[row] += factor · scale · outer ⊙ ((inner ⊙ A[:, ids[row]]ᵀ) Bᵀ), in place.
+
+    y [rows, width], any float dtype, summed in fp32.
+    """
     if not table.touches(rowmap):
         return
     for run, entry in table.entries(rowmap):
-        a, b = entry.tensors
+        a, b, inner, outer = entry.tensors
         assert a is not None and b is not None
-        added = a[:, ids[run.start : run.stop]].float().T @ b.float().T
+        hidden = a[:, ids[run.start : run.stop]].float().T
+        added = (hidden if inner is None else hidden * inner.float()) @ b.float().T
+        if outer is not None:
+            added *= outer.float()
         part = y[run.start : run.stop]
         part.copy_((part.float() + factor * entry.scalars[0] * added).to(y.dtype))

@@ -1,4 +1,6 @@
-"""LowRank: y += scale · (x Aᵀ) Bᵀ for each row's own A and B. LoRA and all else of low rank."""
+"""LowRank: y += scale · outer ⊙ ((inner ⊙ (x Aᵀ)) Bᵀ) for each row's own. LoRA, VeRA and all else of low rank."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -10,35 +12,77 @@ _STACKS = 2
 _STACKED_ROWS = 4
 """Up to this many rows a run, one batched product over stacked weights beats a loop over runs."""
 
+_Slots = tuple[int, ...]
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Found = list[tuple[Run, Entry]]
+_Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
 
 class LowRankTable(SlotTable):
-    """Columns A [r, in] and B [out, r], scalar scale. Ranks differ freely between slots."""
+    """Columns A [r, in], B [out, r], inner [r] and outer [out], the last two or None for ones; scalar scale.
+
+    Ranks differ freely between slots. Slots with inner or outer may have one A and one B in common.
+    """
+
+    strided = frozenset((0, 1))
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        super().__init__(2, capacity, device)
-        self._stacks: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._stacked_at = -1
+        super().__init__(4, capacity, device)
+        self._places: dict[int, tuple[_Place, _Place]] = {}
+        self._stacks: dict[_Slots, _Pair] = {}
+        self._scales: dict[_Slots, _Pair] = {}
+        self._cached_at = -1
+
+    def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
+        """See `SlotTable.put`; A and B may come alone."""
+        a, b, inner, outer = tensors if len(tensors) == 4 else (*tensors, None, None)
+        super().put(slot, (a, b, inner, outer), scalars)
+        assert a is not None and b is not None
+        if inner is not None or outer is not None:
+            self._places[slot] = _place(a), _place(b)
+
+    def drop(self, slot: int) -> None:
+        super().drop(slot)
+        self._places.pop(slot, None)
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of the stacked copies."""
-        return sum(t.numel() * t.element_size() for stack in self._stacks.values() for t in stack)
+        pairs = (*self._stacks.values(), *self._scales.values())
+        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
 
-    def stack(self, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, rowmap: RowMap) -> tuple[_Found, list[_Found]]:
+        """The runs without inner and outer; and the others, those of one A and one B together. All in row order."""
+        alone: _Found = []
+        sharing: dict[tuple[_Place, _Place], _Found] = {}
+        for run, entry in self.entries(rowmap):
+            places = self._places.get(run.slot)
+            (alone if places is None else sharing.setdefault(places, [])).append((run, entry))
+        return alone, list(sharing.values())
+
+    def stack(self, slots: _Slots) -> _Pair:
         """fp32 Aᵀ [slots, in, r] and scale · Bᵀ [slots, r, out], ranks padded with zeros to the largest."""
-        if self._stacked_at != self.generation:
+        return self._cached(self._stacks, slots, _stacked)
+
+    def scales(self, slots: _Slots) -> _Pair:
+        """fp32 scale · inner [slots, r] and outer [slots, out] of slots that share A and B."""
+        return self._cached(self._scales, slots, _scaled)
+
+    def _cached(self, kept: dict[_Slots, _Pair], slots: _Slots, make: Callable[[list[Entry]], _Pair]) -> _Pair:
+        if self._cached_at != self.generation:
             self._stacks.clear()
-            self._stacked_at = self.generation
-        found = self._stacks.get(slots)
+            self._scales.clear()
+            self._cached_at = self.generation
+        found = kept.get(slots)
         if found is None:
-            if len(self._stacks) >= _STACKS:
-                self._stacks.pop(next(iter(self._stacks)))
-            found = self._stacks[slots] = _stacked([self._entries[s] for s in slots])
+            if len(kept) >= _STACKS:
+                kept.pop(next(iter(kept)))
+            found = kept[slots] = make([self._entries[s] for s in slots])
         return found
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
-    """y += scale · (x Aᵀ) Bᵀ in place.
+    """y += scale · outer ⊙ ((inner ⊙ (x Aᵀ)) Bᵀ) in place.
 
     y fp32 [rows, out]; x [rows, in], any float dtype. Products and sums are fp32. Bare rows are not touched.
     """
@@ -50,16 +94,20 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable)
 def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
     for run, entry in table.entries(rowmap):
         a, b = _weights(entry)
-        y[run.start : run.stop] += entry.scalars[0] * (x[run.start : run.stop].float() @ a.T) @ b.T
+        inner, outer = _vectors(entry)
+        hidden = inner * (x[run.start : run.stop].float() @ a.T)
+        y[run.start : run.stop] += entry.scalars[0] * outer * (hidden @ b.T)
 
 
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
-    entries = table.entries(rowmap)
-    rows = entries[0][0].rows
-    if len(entries) > 1 and rows <= _STACKED_ROWS and all(run.rows == rows for run, _ in entries):
-        _batched(y, x, [run for run, _ in entries], rows, table)
+    alone, sharing = table.split(rowmap)
+    for found in sharing:
+        _shared(y, x, found, table)
+    rows = alone[0][0].rows if alone else 0
+    if len(alone) > 1 and rows <= _STACKED_ROWS and all(run.rows == rows for run, _ in alone):
+        _batched(y, x, [run for run, _ in alone], rows, table)
         return
-    for run, entry in entries:
+    for run, entry in alone:
         a, b = _weights(entry)
         part = y[run.start : run.stop]
         part.addmm_(x[run.start : run.stop].float() @ a.T, b.T, alpha=entry.scalars[0])
@@ -67,11 +115,7 @@ def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -
 
 def _batched(y: torch.Tensor, x: torch.Tensor, runs: list[Run], rows: int, table: LowRankTable) -> None:
     down, up = table.stack(tuple(run.slot for run in runs))
-    together = runs[-1].stop - runs[0].start == rows * len(runs)
-    if together:
-        where: slice | torch.Tensor = slice(runs[0].start, runs[-1].stop)
-    else:
-        where = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+    where = _where(runs)
     added = torch.bmm(torch.bmm(x[where].float().view(len(runs), rows, -1), down), up).flatten(0, 1)
     if isinstance(where, slice):
         y[where] += added
@@ -79,13 +123,52 @@ def _batched(y: torch.Tensor, x: torch.Tensor, runs: list[Run], rows: int, table
         y.index_add_(0, where, added)
 
 
-def _weights(entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = entry.tensors
+def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, table: LowRankTable) -> None:
+    """Two products for the rows of all slots that have one A and one B."""
+    a, b = _weights(found[0][1])
+    runs = [run for run, _ in found]
+    inner, outer = table.scales(tuple(run.slot for run in runs))
+    if len(runs) > 1 and any(run.rows > 1 for run in runs):
+        counts = torch.tensor([run.rows for run in runs])
+        inner, outer = (scale.repeat_interleave(counts, 0) for scale in (inner, outer))
+    where = _where(runs)
+    hidden = (x[where].float() @ a.T).mul_(inner)
+    added = hidden @ b.T
+    if isinstance(where, slice):
+        y[where].addcmul_(added, outer)
+    else:
+        y.index_add_(0, where, added.mul_(outer))
+
+
+def _where(runs: list[Run]) -> slice | torch.Tensor:
+    """Rows of runs, which are in row order: a slice if they stand together, else int64 [rows]."""
+    if runs[-1].stop - runs[0].start == sum(run.rows for run in runs):
+        return slice(runs[0].start, runs[-1].stop)
+    return torch.cat([torch.arange(run.start, run.stop) for run in runs])
+
+
+def _weights(entry: Entry) -> _Pair:
+    a, b = entry.tensors[:2]
     assert a is not None and b is not None
     return a.float(), b.float()
 
 
-def _stacked(entries: list[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
+def _vectors(entry: Entry) -> _Pair:
+    """inner [r] and outer [out], ones where there are none."""
+    a, b, inner, outer = entry.tensors
+    assert a is not None and b is not None
+    return (
+        torch.ones(a.shape[0], device=a.device) if inner is None else inner.float(),
+        torch.ones(b.shape[0], device=b.device) if outer is None else outer.float(),
+    )
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    """Equal for two tensors that are the same numbers in the same memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _stacked(entries: list[Entry]) -> _Pair:
     pairs = [_weights(entry) for entry in entries]
     rank = max(a.shape[0] for a, _ in pairs)
     down = torch.zeros(len(pairs), pairs[0][0].shape[1], rank)
@@ -94,6 +177,12 @@ def _stacked(entries: list[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
         down[i, :, : a.shape[0]] = a.T
         up[i, : a.shape[0]] = b.T * entry.scalars[0]
     return down, up
+
+
+def _scaled(entries: list[Entry]) -> _Pair:
+    pairs = [_vectors(entry) for entry in entries]
+    inner = torch.stack([inner * entry.scalars[0] for (inner, _), entry in zip(pairs, entries, strict=True)])
+    return inner, torch.stack([outer for _, outer in pairs])
 
 
 _PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}

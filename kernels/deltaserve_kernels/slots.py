@@ -22,6 +22,9 @@ class SlotTable:
     by the thread that launches them.
     """
 
+    strided: frozenset[int] = frozenset()
+    """Columns whose tensors may be views: of unit stride in the last dimension, of any in those before it."""
+
     def __init__(self, columns: int, capacity: int, device: torch.device) -> None:
         self._columns = columns
         self._capacity = capacity
@@ -44,9 +47,11 @@ class SlotTable:
         return self._addresses
 
     def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
-        """Publishes a slot's tensors; they must stay alive and contiguous until `drop`."""
+        """Publishes a slot's tensors; they must stay alive and where they are until `drop`."""
         assert 0 <= slot < self._capacity and len(tensors) == self._columns
-        assert all(t is None or (t.is_contiguous() and t.device == self._device) for t in tensors)
+        for column, tensor in enumerate(tensors):
+            assert tensor is None or tensor.device == self._device
+            assert tensor is None or tensor.is_contiguous() or (column in self.strided and tensor.stride(-1) == 1)
         self._entries[slot] = Entry(tensors, scalars)
         row = [0 if t is None else t.data_ptr() for t in tensors]
         self.addresses[slot] = torch.tensor(row, dtype=torch.int64)

@@ -1,11 +1,14 @@
 """Low rank: both paths against the equation, one row at a time and in fp64."""
 
+import itertools
+
 import pytest
 import torch
 
-from deltaserve_kernels import lowrank
+from deltaserve_kernels import embed, lowrank
 from deltaserve_kernels.dispatch import Implementation, forced
 from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import SlotTable
 from deltaserve_kernels.testing import error_ratio
 
 CPU = torch.device("cpu")
@@ -22,13 +25,13 @@ def table_of(inner: int, outer: int, dtype: torch.dtype) -> lowrank.LowRankTable
     return table
 
 
-def truth(y: torch.Tensor, x: torch.Tensor, each: list[int], table: lowrank.LowRankTable) -> torch.Tensor:
+def truth(y: torch.Tensor, x: torch.Tensor, each: list[int], table: SlotTable) -> torch.Tensor:
     out = y.double()
     for row, slot in enumerate(each):
         entry = table.get(slot)
         if entry is not None:
-            a, b = (t.double() for t in entry.tensors)
-            out[row] += entry.scalars[0] * (b @ (a @ x[row].double()))
+            a, b, inner, outer = (1.0 if t is None else t.double() for t in entry.tensors)
+            out[row] += entry.scalars[0] * outer * (b @ (inner * (a @ x[row].double())))
     return out
 
 
@@ -94,3 +97,95 @@ def test_slots_without_an_entry_here_are_left_alone():
     ours = y.clone()
     lowrank.apply(ours, torch.randn(4, 8), RowMap.of([(2, 2), (7, 1), (-1, 1)], CPU), table)
     assert torch.equal(ours, y)
+
+
+SHARED = (0, 1, 2)
+"""Slots of `sharing_table` with one A and one B."""
+
+
+def sharing_table(inner: int, outer: int, dtype: torch.dtype, rank: int = 5) -> lowrank.LowRankTable:
+    """Slots 0 to 2 share views of one A and one B; 3 is a plain pair, 4 has scales and a pair of its own."""
+    g = torch.Generator().manual_seed(inner * outer)
+    make = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+    wide, tall = make(rank, inner + 7), make(outer + 3, rank)
+    a, b = wide[:, :inner], tall[:outer]
+    assert not a.is_contiguous() or rank == 1
+    table = lowrank.LowRankTable(8, CPU)
+    table.put(0, (a, b, make(rank), make(outer)), (1.0,))
+    table.put(1, (a, b, None, make(outer)), (0.7,))
+    table.put(2, (a, b, make(rank), None), (-1.3,))
+    table.put(3, (make(3, inner), make(outer, 3), None, None), (0.5,))
+    table.put(4, (make(2, inner), make(outer, 2), make(2), make(outer)), (2.0,))
+    return table
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("longest", [1, 3, 9])
+@pytest.mark.parametrize(("inner", "outer"), [(33, 17), (1, 5), (64, 96)])
+def test_rows_that_share_a_base(inner, outer, longest, dtype, spread, rows_of, implementation):
+    rowmap, each = rows_of(spread, longest)
+    table = sharing_table(inner, outer, dtype)
+    x, y = torch.randn(rowmap.rows, inner).to(dtype), torch.randn(rowmap.rows, outer)
+    ours = y.clone()
+    with forced(implementation):
+        lowrank.apply(ours, x, rowmap, table)
+    assert error_ratio(ours, truth(y, x, each, table)) <= 1e-5
+    bare = [row for row, slot in enumerate(each) if slot < 0]
+    assert torch.equal(ours[bare], y[bare])
+
+
+@pytest.mark.parametrize("slots", [*itertools.permutations((0, 1, 3, -1)), (0, 4, 1, 0, 2), (2, 0), (1,)])
+@pytest.mark.parametrize("rows", [(1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 1, 6, 2, 4)], ids=str)
+def test_sharing_beside_others_in_any_order(slots, rows, implementation):
+    counts = rows[: len(slots)]
+    rowmap = RowMap.of(zip(slots, counts, strict=True), CPU)
+    each = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    table = sharing_table(40, 24, torch.float32)
+    x, y = torch.randn(len(each), 40), torch.randn(len(each), 24)
+    ours = y.clone()
+    with forced(implementation):
+        lowrank.apply(ours, x, rowmap, table)
+    assert error_ratio(ours, truth(y, x, each, table)) <= 1e-5
+    assert torch.equal(ours[[s < 0 for s in each]], y[[s < 0 for s in each]])
+
+
+def test_slots_that_share_are_one_group_without_copies_of_the_base():
+    table, rank = sharing_table(64, 96, torch.float32, rank=32), 32
+    alone, sharing = table.split(RowMap.of([(slot, 1) for slot in (4, 1, 3, 0, 2)], CPU))
+    assert [run.slot for run, _ in alone] == [3]
+    assert [[run.slot for run, _ in found] for found in sharing] == [[4], [1, 0, 2]]
+    lowrank.apply(torch.zeros(3, 96), torch.randn(3, 64), RowMap.of([(slot, 1) for slot in SHARED], CPU), table)
+    assert table.cached_bytes == len(SHARED) * (rank + 96) * 4
+
+
+def test_scales_are_bounded_and_follow_changes():
+    table, rowmap, x = sharing_table(8, 6, torch.float32), RowMap.of([(0, 1), (1, 2)], CPU), torch.randn(3, 8)
+    first, second = torch.zeros(3, 6), torch.zeros(3, 6)
+    lowrank.apply(first, x, rowmap, table)
+    for slots in itertools.permutations(SHARED):
+        lowrank.apply(torch.zeros(3, 6), x, RowMap.of([(slot, 1) for slot in slots], CPU), table)
+    assert 0 < table.cached_bytes <= 2 * 3 * (5 + 6) * 4
+    a, b, inner, outer = table.get(1).tensors
+    table.drop(1)
+    table.put(1, (a, b, inner, outer * 2), (0.7,))
+    lowrank.apply(second, x, rowmap, table)
+    assert torch.equal(second[0], first[0]) and error_ratio(second[1:], 2 * first[1:]) <= 1e-6
+    table.drop(1)
+    table.put(1, (a, b, None, None), (0.7,))
+    alone, sharing = table.split(rowmap)
+    assert [run.slot for run, _ in alone] == [1] and [run.slot for found in sharing for run, _ in found] == [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_looked_up_rows_are_scaled_too(dtype):
+    g = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+    table, wide = embed.LookupTable(8, CPU), make(4, 30)
+    table.put(0, (wide[:, :20], make(6, 4), make(4), make(6)), (0.5,))
+    table.put(1, (wide[:, :20], make(6, 4), None, None), (1.0,))
+    rowmap, ids, y = RowMap.of([(0, 3), (-1, 1), (1, 2)], CPU), torch.tensor([19, 0, 7, 3, 3, 19]), torch.randn(6, 6)
+    ours = y.clone()
+    embed.add_low_rank(ours, ids, rowmap, table, factor=3.0)
+    rows = torch.nn.functional.one_hot(ids, 20)
+    expected = y + 3.0 * (truth(torch.zeros(6, 6), rows, [0, 0, 0, -1, 1, 1], table))
+    assert error_ratio(ours, expected) <= 1e-5 and torch.equal(ours[3], y[3])

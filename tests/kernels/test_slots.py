@@ -48,6 +48,18 @@ def test_what_may_not_be_published(slot: int, tensors: tuple[torch.Tensor | None
         SlotTable(1, 5, CPU).put(slot, tensors)
 
 
+def test_a_column_may_be_declared_to_hold_views():
+    class Views(SlotTable):
+        strided = frozenset((0,))
+
+    table, whole = Views(2, 5, CPU), torch.ones(4, 6)
+    table.put(0, (whole[:, 1:4], whole[1:2]))
+    assert table.addresses[0].tolist() == [whole.data_ptr() + 4, whole.data_ptr() + 24]
+    for tensors in ((whole[:1], whole[:, 1:4]), (whole.T, whole[:1])):
+        with pytest.raises(AssertionError):
+            table.put(1, tensors)
+
+
 def test_dispatch_can_be_overridden_in_one_thread():
     assert choose(CPU) is Implementation.CPU
     assert choose(torch.device("cuda")) is Implementation.REFERENCE

@@ -32,8 +32,8 @@ class WrappedEmbedding(WrappedModule):
         match primitive:
             case Dense(weight, None, True):
                 return "whole", ((weight,), ())
-            case LowRank(a, b, scale):
-                return "lowrank", ((a, b), (scale,))
+            case LowRank(a, b, scale, inner, outer):
+                return "lowrank", ((a, b, inner, outer), (scale,))
             case Affine(None, scale, None, False):
                 return "affine", ((None, scale, None), ())
             case Rows(index, values):

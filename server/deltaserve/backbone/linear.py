@@ -36,8 +36,8 @@ class WrappedLinear(WrappedModule):
 
     def placed(self, primitive: SitePrimitive) -> tuple[str, Columns]:
         match primitive:
-            case LowRank(a, b, scale):
-                return "lowrank", ((a, b), (scale,))
+            case LowRank(a, b, scale, inner, outer):
+                return "lowrank", ((a, b, inner, outer), (scale,))
             case Affine(in_scale, scale_, shift, False):
                 return "affine", ((in_scale, scale_, shift), ())
             case Dense(weight, bias, replace):

@@ -89,9 +89,9 @@ class Catalog:
         """Notes what was learnt from the bytes."""
         return self._change(key, card=card)
 
-    def admit(self, key: int, device_bytes: int) -> Version | None:
+    def admit(self, key: int, device_bytes: int, shared_bytes: int = 0) -> Version | None:
         """Makes a version the one that new requests get; returns the one it replaces, DRAINING from here on."""
-        version = self._change(key, state=State.RESIDENT, device_bytes=device_bytes)
+        version = self._change(key, state=State.RESIDENT, device_bytes=device_bytes, shared_bytes=shared_bytes)
         with self._lock:
             before = self._current.get(version.name)
             self._current[version.name] = key

@@ -74,7 +74,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Version:
-    """`key` is unique for ever; `number` is never given twice for one name. `state` is never EVICTED: see `now`."""
+    """`key` is unique for ever; `number` is never given twice for one name. `state` is never EVICTED: see `now`.
+
+    `device_bytes` are its own; `shared_bytes` those of its bases, which other versions may have too.
+    """
 
     key: int
     name: str
@@ -84,6 +87,7 @@ class Version:
     state: State = State.LOADING
     card: Card = field(default_factory=Card)
     device_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     def label(self) -> str:

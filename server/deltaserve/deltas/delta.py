@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
+from deltaserve.deltas.bases import Bases, base_of, same_view
 from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
 
@@ -33,6 +34,9 @@ class Delta:
     `at[site name]` lists the primitives there. `position_shift` is added to the positions of real tokens (a prefix in
     families with absolute or rotary positions). `pooling` is what the head reads. `labels` is as long as the head is
     wide. `problem_type` is `regression`, `single_label_classification` or `multi_label_classification`.
+
+    `bases` are frozen tensors that other deltas may have too, by `content_key`. A primitive's tensor whose memory lies
+    in one of them is a view of it, has unit stride in its last dimension, and is stored and counted with the base.
     """
 
     kinds: tuple[str, ...]
@@ -45,12 +49,13 @@ class Delta:
     pooling: Pooling | None = None
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
+    bases: Bases = field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor, in the order in which the pool lays them out."""
+        """Every tensor of its own, in the order in which the pool lays them out; no base and no view of one."""
         for primitives in self.at.values():
             for primitive in primitives:
-                yield from tensors(primitive)
+                yield from (t for t in tensors(primitive) if base_of(t, self.bases) is None)
         if self.prompt is not None:
             yield from tensors(self.prompt)
         if self.head is not None:
@@ -62,23 +67,36 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the primitives' tensors, without alignment."""
+        """Bytes of its own tensors, without alignment."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of its bases, without alignment."""
+        return sum(t.numel() * t.element_size() for t in self.bases.values())
 
     @property
     def prompt_length(self) -> int:
         return 0 if self.prompt is None else int(self.prompt.rows.shape[0])
 
 
-def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor]) -> Delta:
-    """The same delta with `fn` applied to each tensor, in the order of `Delta.tensors`."""
+def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor], bases: Bases | None = None) -> Delta:
+    """The same delta with `fn` applied to each tensor, in the order of `Delta.tensors`.
+
+    `bases`: copies of its bases to use instead of them; left out, they too are what `fn` makes of them, and come first.
+    """
+    copies = {key: fn(base) for key, base in delta.bases.items()} if bases is None else bases
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        key = base_of(tensor, delta.bases)
+        return fn(tensor) if key is None else same_view(tensor, delta.bases[key], copies[key])
 
     def one(primitive: T) -> T:
         fields = {f.name: getattr(primitive, f.name) for f in dataclasses.fields(primitive)}  # type: ignore[arg-type]
-        changed: dict[str, Any] = {k: fn(v) for k, v in fields.items() if isinstance(v, torch.Tensor)}
+        changed: dict[str, Any] = {k: moved(v) for k, v in fields.items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(primitive, **changed)  # type: ignore[type-var]
 
     at = {name: tuple(one(p) for p in primitives) for name, primitives in delta.at.items()}
     prompt = None if delta.prompt is None else one(delta.prompt)
     head = None if delta.head is None else Head(tuple(one(layer) for layer in delta.head.layers))
-    return dataclasses.replace(delta, at=at, prompt=prompt, head=head)
+    return dataclasses.replace(delta, at=at, prompt=prompt, head=head, bases=copies)

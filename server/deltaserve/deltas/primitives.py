@@ -1,7 +1,8 @@
 """The few operations that every delta is made of; see each class for its equation.
 
-All tensors are on the host, contiguous, and in the dtype of the checkpoint's file. Rows x are [rows, in], outputs y
-are [rows, out]. Products and sums are taken in fp32 and rounded once, at the end of a site.
+All tensors are on the host, contiguous (but for views of a base, see `Delta`), and in the dtype of the checkpoint's
+file. Rows x are [rows, in], outputs y are [rows, out]. Products and sums are taken in fp32 and rounded once, at the end
+of a site.
 
 At one linear the order is fixed: x′ = Block_in(x); u = x′ ⊙ in_scale; y = W u + b; Dense, LowRank and Sparse are
 computed from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift.
@@ -14,11 +15,17 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """y += scale · (u Aᵀ) Bᵀ. A [r, in], B [out, r]. LoRA (arXiv 2106.09685)."""
+    """y += scale · outer ⊙ ((inner ⊙ (u Aᵀ)) Bᵀ). A [r, in], B [out, r]; inner [r] and outer [out], or None for ones.
+
+    LoRA (arXiv 2106.09685). Where A and B are frozen and shared, inner and outer are what was learned: VeRA (arXiv
+    2310.11454).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    inner: torch.Tensor | None = None
+    outer: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +129,10 @@ SitePrimitive = LowRank | Affine | Block | Dense | Sparse | Rows | Prefix
 
 
 def tensors(primitive: SitePrimitive | SoftPrompt | Head) -> tuple[torch.Tensor, ...]:
-    """Every tensor a primitive holds, in a fixed order; what the pool stores and what counts as its bytes."""
+    """Every tensor a primitive holds, in a fixed order."""
     match primitive:
-        case LowRank(a, b):
-            return (a, b)
+        case LowRank(a, b, _, inner, outer):
+            return tuple(t for t in (a, b, inner, outer) if t is not None)
         case Affine(in_scale, scale, shift):
             return tuple(t for t in (in_scale, scale, shift) if t is not None)
         case Block(blocks):

@@ -130,12 +130,16 @@ class Engine:
         self._post(lambda: self._mark(ids, error))
 
     def publish(self, key: int, delta: Delta, label: str) -> Future[int]:
-        """Makes a delta resident; the result is its device bytes. See `Residency.publish` for what it raises."""
+        """Makes a delta resident; the result is its own device bytes. See `Residency.publish` for what it raises."""
         return self._ask(lambda asker: self._residency.publish(key, label, delta, asker))
 
     def retire(self, key: int) -> Future[int]:
         """Frees a delta once the requests that name it have ended; the result is the bytes freed."""
         return self._ask(lambda asker: self._residency.retire(key, asker))
+
+    def shared_bytes(self, delta: Delta) -> int:
+        """Device bytes of a delta's bases, which are there once for all resident deltas that have them."""
+        return self._pool.shared(delta)
 
     def stats(self, steps: bool = False) -> EngineStats:
         """Counters as of now; those of a running step may be one step old."""

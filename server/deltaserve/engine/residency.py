@@ -150,12 +150,13 @@ class Residency:
         assert delta is not None
         if load.copying:
             return
-        if self._pool.size(delta) > self._pool.capacity:
-            self._fail(load, _too_large(load.label, self._pool.size(delta), self._pool.capacity))
+        alone = self._pool.size(delta) + self._pool.shared(delta)
+        if alone > self._pool.capacity:
+            self._fail(load, _too_large(load.label, alone, self._pool.capacity))
             return
         place = self._pool.reserve(load.key, load.label, delta)
         while place is None:
-            victim = self._pool.victim(promised=self.starves(load.key))
+            victim = self._pool.victim(delta, promised=self.starves(load.key))
             if victim is None:
                 if load.demanded:
                     load.blocked_since = load.blocked_since or time.monotonic()

@@ -126,13 +126,14 @@ class Loading:
         except BaseException:
             self._catalog.abandon(version.key)
             raise
-        before = self._catalog.admit(version.key, size)
+        shared = self._engine.shared_bytes(delta)
+        before = self._catalog.admit(version.key, size, shared)
         if before is not None:
             self._leave(before)
         made = self._catalog.get(version.key)
         # It may have been unloaded by now, but not dropped: nothing was awaited since it was admitted.
         assert made is not None
-        log.info("%s is in service: %s, %d bytes", made.label, ", ".join(made.card.kinds), size)
+        log.info("%s is in service: %s, %d bytes and %d shared", made.label, ", ".join(made.card.kinds), size, shared)
         for warning in made.card.warnings:
             log.warning("%s: %s", made.label, warning)
         return made

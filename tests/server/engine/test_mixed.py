@@ -47,8 +47,9 @@ def acted(primitives: tuple[SitePrimitive, ...], x: torch.Tensor, y: torch.Tenso
     added = torch.zeros_like(y)
     for p in primitives:
         match p:
-            case LowRank(a, b, scale):
-                added = added + scale * torch.einsum("...i,ri,or->...o", x, a, b)
+            case LowRank(a, b, scale, inner, outer):
+                hidden = x @ a.T * (1 if inner is None else inner)
+                added = added + scale * (1 if outer is None else outer) * (hidden @ b.T)
             case Dense(weight, bias, replace):
                 added = added + x @ weight.T + (0 if bias is None else bias) - (y if replace else 0)
     y = y + added

@@ -275,7 +275,9 @@ def applied(primitives: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     if dense is not None:
         y = y + functional.linear(u, dense.weight, dense.bias)
     if LowRank in by:
-        y = y + by[LowRank].scale * (u @ by[LowRank].a.T) @ by[LowRank].b.T
+        low = by[LowRank]
+        inner, outer = (1.0 if t is None else t for t in (low.inner, low.outer))
+        y = y + low.scale * outer * ((inner * (u @ low.a.T)) @ low.b.T)
     if Sparse in by:
         index = by[Sparse].index.long()
         y = y + u @ torch.zeros_like(weight).index_put((index[0], index[1]), by[Sparse].values).T

@@ -81,11 +81,11 @@ def test_the_victim_is_the_least_recently_used_that_nobody_uses():
     pool = Pool(1 << 20, 8, CPU)
     places = [put(pool, key, delta_of(key)) for key in range(3)]
     pool.touch(0)
-    assert pool.resident == (1, 2, 0) and pool.victim() is places[1]
+    assert pool.resident == (1, 2, 0) and pool.victim(delta_of(9)) is places[1]
     places[1].pins = 1
-    assert pool.victim() is places[2] and pool.pins == 1
+    assert pool.victim(delta_of(9)) is places[2] and pool.pins == 1
     places[0].pins = places[2].pins = 2
-    assert pool.victim() is None and pool.pins == 5
+    assert pool.victim(delta_of(9)) is None and pool.pins == 5
 
 
 def test_a_delta_in_use_cannot_be_released():

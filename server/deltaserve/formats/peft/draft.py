@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, SitePrimitive, SoftPrompt
+from deltaserve.deltas.bases import content_key
+from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, SitePrimitive, SoftPrompt, tensors
 from deltaserve.errors import BadCheckpoint
 
 
@@ -18,6 +19,7 @@ class Draft:
         self.prompt: SoftPrompt | None = None
         self.head: Head | None = None
         self.position_shift = 0
+        self.bases: dict[str, torch.Tensor] = {}
 
     @property
     def at(self) -> dict[str, tuple[SitePrimitive, ...]]:
@@ -27,6 +29,10 @@ class Draft:
         """Notes a kind, once."""
         if name not in self.kinds:
             self.kinds.append(name)
+
+    def base(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The one copy of a frozen tensor that other deltas may have too; views of it go into primitives."""
+        return self.bases.setdefault(content_key(tensor), tensor.contiguous())
 
     def put(self, site: str, primitive: SitePrimitive) -> None:
         """Adds a primitive. Raises BadCheckpoint where one of its type is there already."""
@@ -59,8 +65,8 @@ class Draft:
 
 def _idle(primitive: SitePrimitive) -> bool:
     match primitive:
-        case LowRank(a, b):
-            return not bool(a.any()) or not bool(b.any())
+        case LowRank():
+            return any(not bool(tensor.any()) for tensor in tensors(primitive))
         case Affine(in_scale, scale, shift):
             ones: Iterable[torch.Tensor] = (t for t in (in_scale, scale) if t is not None)
             return all(bool((t == 1).all()) for t in ones) and (shift is None or not bool(shift.any()))

@@ -1,4 +1,7 @@
-"""Methods whose modules share frozen or learned vectors: VeRA, PVeRA, VB-LoRA. Each becomes one LowRank per module."""
+"""Methods whose modules share frozen or learned vectors: VeRA, PVeRA, VB-LoRA. Each becomes one LowRank per module.
+
+VeRA's frozen matrices are bases: deltas of one rank and one projection key have the same.
+"""
 
 import math
 
@@ -49,19 +52,19 @@ def _vera(checkpoint: Checkpoint, draft: Draft, weights: Weights, word: str, ran
     found = list(targets(checkpoint, draft))
     widest = max(t.inputs for t in found), max(t.outputs for t in found)
     if options.flag(checkpoint.config, "save_projection", True):
-        a = checkpoint.take(f"{word}_A", (rows, widest[0])).float()
-        b = checkpoint.take(f"{word}_B", (widest[1], rank)).float()
+        a = checkpoint.take(f"{word}_A", (rows, widest[0]))
+        b = checkpoint.take(f"{word}_B", (widest[1], rank))
     else:
         first = found[0]
         if first.shape(f"{word}_lambda_d") != (rows,):  # the rank is what the file has, before anything is drawn
             first.take(f"{word}_lambda_d", rows)
         a, b = _drawn(checkpoint, rows, rank, widest)
+    a, b = draft.base(a[:rank]), draft.base(b)
 
     def one(target: Target, _: Weights) -> None:
-        d = target.number(f"{word}_lambda_d", rows)[:rank].unsqueeze(1)
-        gain = target.number(f"{word}_lambda_b", target.outputs).unsqueeze(1)
-        part = LowRank(d * a[:rank, : target.inputs], gain * b[: target.outputs], 1.0)
-        draft.put(target.name, part)
+        inner = target.take(f"{word}_lambda_d", rows)[:rank].clone()
+        outer = target.take(f"{word}_lambda_b", target.outputs)
+        draft.put(target.name, LowRank(a[:, : target.inputs], b[: target.outputs], 1.0, inner, outer))
 
     each(word, one, word)(checkpoint, draft, weights)
 

@@ -139,21 +139,30 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         pooling=_pooling(head, draft),
         labels=labels,
         problem_type=problem,
+        bases=draft.bases,
     )
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _check_numbers(draft: Draft) -> None:
     """Each number of the file is finite; what a lowering makes of them may not be. Raises BadCheckpoint."""
-    largest = torch.finfo(torch.float32).max
     for name, primitives in draft.at.items():
         for primitive in primitives:
-            scaled = not isinstance(primitive, LowRank) or abs(primitive.scale) <= largest
+            scaled = not isinstance(primitive, LowRank) or (abs(primitive.scale) <= _LARGEST and _fits(primitive))
             if not scaled or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(primitive)):
                 raise BadCheckpoint(
                     f"the numbers for {name!r} are finite, and what they come to is not in float32; was the training "
                     "stable?",
                     metadata={"module": name},
                 )
+
+
+def _fits(part: LowRank) -> bool:
+    """Whether A times its inner scales and B times its outer ones are finite in float32."""
+    scaled = [(matrix, by) for matrix, by in ((part.a, part.inner), (part.b, part.outer)) if by is not None]
+    return all(float((m.abs().amax(1).double() * by.double().abs()).max()) <= _LARGEST for m, by in scaled)
 
 
 def _type(config: Mapping[str, Any]) -> Type:
