@@ -24,6 +24,7 @@ from transformers import (
 
 from deltaserve.backbone.load import load
 from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.bases import content_key
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import Affine, Dense, LowRank, Prefix, SitePrimitive, SoftPrompt
 from deltaserve.deltas.sites import BackboneSpec, Site, SiteType, Task
@@ -279,6 +280,28 @@ def _all(site: Site, g: torch.Generator) -> tuple[SitePrimitive, ...]:
     return _lowrank(site, g) + _affine(site, g) + _dense(site, g)
 
 
+def _sharing(
+    spec: BackboneSpec, g: torch.Generator, base: int, rank: int = 64
+) -> tuple[dict[str, tuple[SitePrimitive, ...]], dict[str, torch.Tensor]]:
+    linears = [site for site in spec.sites.values() if site.type in _LINEAR]
+    frozen = torch.Generator().manual_seed(base)
+    a = _matrix(frozen, rank, max(site.in_features for site in linears))
+    b = _matrix(frozen, max(site.out_features for site in linears), rank)
+    at: dict[str, tuple[SitePrimitive, ...]] = {
+        site.name: (
+            LowRank(
+                a[:, : site.in_features],
+                b[: site.out_features],
+                0.4,
+                _random(g, rank) if place % 3 else None,
+                _random(g, site.out_features),
+            ),
+        )
+        for place, site in enumerate(linears)
+    }
+    return at, {content_key(a): a, content_key(b): b}
+
+
 _LINEAR = (SiteType.LINEAR, SiteType.CONV1D)
 _AT: dict[str, tuple[tuple[SiteType, ...], Callable[[Site, torch.Generator], tuple[SitePrimitive, ...]]]] = {
     "lowrank": (_LINEAR, _lowrank),
@@ -291,7 +314,10 @@ _AT: dict[str, tuple[tuple[SiteType, ...], Callable[[Site, torch.Generator], tup
 
 @pytest.fixture(scope="session")
 def make_delta() -> Callable[..., Delta]:
-    """A random delta: `lowrank`, `affine`, `dense`, `replace`, `all` of them at every such site; `prefix`, `prompt`."""
+    """A random delta: `lowrank`, `affine`, `dense`, `replace`, `all` of them at every such site; `prefix`, `prompt`.
+
+    Or `sharing`: scales of two frozen matrices, which are those of every other such delta of the same `base`.
+    """
 
     def make(kind: str, spec: BackboneSpec, seed: int = 0, **known: Any) -> Delta:
         g = torch.Generator().manual_seed(seed)
@@ -300,6 +326,8 @@ def make_delta() -> Callable[..., Delta]:
         if kind in _AT:
             types, primitives = _AT[kind]
             at = {site.name: primitives(site, g) for site in spec.sites.values() if site.type in types}
+        elif kind == "sharing":
+            at, known["bases"] = _sharing(spec, g, known.pop("base", 0))
         elif kind == "prefix":
             for name in spec.prefix_sites:
                 site = spec.sites[name]

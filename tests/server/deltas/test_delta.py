@@ -2,6 +2,7 @@
 
 import torch
 
+from deltaserve.deltas.bases import base_of, content_key
 from deltaserve.deltas.delta import Delta, Provenance, mapped
 from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer, LowRank, Prefix, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
@@ -71,3 +72,48 @@ def test_an_empty_delta():
 def test_parts_that_are_not_there_take_no_bytes():
     assert tensors(Affine()) == () and len(tensors(Affine(scale=torch.ones(2)))) == 1
     assert len(tensors(Dense(torch.ones(1, 1)))) == 1
+
+
+def sharing_delta() -> tuple[Delta, torch.Tensor]:
+    """Two sites look at parts of one base, a third has a pair of its own."""
+    base = torch.arange(30.0).view(5, 6)
+    at = {
+        "a": (LowRank(base[:2, 1:5], base[1:4, :2], 1.0, numbered(1, 2), numbered(2, 3)),),
+        "b": (LowRank(base, base.new_ones(7, 5), 1.0),),
+        "c": (LowRank(numbered(3, 2, 4), numbered(4, 3, 2), 1.0),),
+    }
+    provenance = Provenance("test", "hash", 1, 2)
+    return Delta(("vera",), at, Task.GENERATION, provenance, bases={content_key(base): base}), base
+
+
+def test_views_of_a_base_are_not_its_own_bytes():
+    delta, base = sharing_delta()
+    assert [list(t.shape) for t in delta.tensors()] == [[2], [3], [7, 5], [2, 4], [3, 2]]
+    assert delta.nbytes == 4 * delta.parameters == 4 * (2 + 3 + 35 + 8 + 6) and delta.shared_bytes == 4 * 30
+    assert base_of(base[4:, 5:], delta.bases) == content_key(base) and base_of(base.clone(), delta.bases) is None
+
+
+def test_mapped_keeps_views_views():
+    delta, base = sharing_delta()
+    halved = mapped(delta, lambda t: t.to(torch.bfloat16))
+    (copy,) = halved.bases.values()
+    assert copy.dtype is torch.bfloat16 and halved.bases.keys() == delta.bases.keys()
+    for name, (lowrank,) in delta.at.items():
+        (ours,) = halved.at[name]
+        assert torch.equal(ours.a, lowrank.a.to(torch.bfloat16)) and torch.equal(ours.b, lowrank.b.to(torch.bfloat16))
+    assert halved.at["a"][0].a.data_ptr() == copy.data_ptr() + 2 and halved.at["b"][0].a.data_ptr() == copy.data_ptr()
+    assert halved.nbytes == delta.nbytes / 2 and halved.shared_bytes == delta.shared_bytes / 2
+    arena = torch.zeros(100)
+    place = arena[40:70].view(5, 6)
+    place.copy_(base)
+    moved = mapped(delta, torch.clone, {content_key(base): place})
+    assert (
+        torch.equal(moved.at["a"][0].b, delta.at["a"][0].b) and moved.at["a"][0].b.data_ptr() == arena[46:].data_ptr()
+    )
+
+
+def test_content_is_dtype_shape_and_bytes():
+    base = torch.arange(6.0).view(2, 3)
+    others = (base.to(torch.bfloat16), base.view(3, 2), base + 1, base.view(torch.int32))
+    assert len({content_key(t) for t in (base, *others)}) == 5
+    assert content_key(base) == content_key(base.clone()) == content_key(torch.cat((base, base), 1)[:, 3:])

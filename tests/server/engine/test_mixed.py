@@ -21,7 +21,7 @@ from deltaserve.engine.request import Job, Request, Sampling
 from deltaserve_kernels.testing import error_ratio
 
 EXACT = 1e-5
-AT_LINEARS = ("lowrank", "affine", "dense", "replace", "all")
+AT_LINEARS = ("lowrank", "affine", "dense", "replace", "all", "sharing", "sharing")
 KINDS = {
     "t5": (*AT_LINEARS, "prompt"),
     "t5-gated": (*AT_LINEARS, "prompt"),
@@ -259,7 +259,7 @@ def test_deltas_keep_the_dtype_of_their_file(dtype, drive, plain, make_delta: Ca
     ]
     for key, delta in enumerate(stored):
         assert driver.publish(key, delta) < 1.2 * delta.nbytes + 256 * sum(1 for _ in delta.tensors())
-    requests = [Request(f"e{i}", Job.EMBED, ids_of(5, i), driver.ref(i % 5), pooling=Pooling.LAST) for i in range(10)]
+    requests = [Request(f"e{i}", Job.EMBED, ids_of(5, i), driver.ref(i % 7), pooling=Pooling.LAST) for i in range(14)]
     for request, end in zip(requests, driver.finished(*requests), strict=True):
         widened = mapped(driver.host[request.delta.key], lambda t: t.float())
         assert error_ratio(torch.tensor(end.vector), alone(model, request.ids, widened)[-1]) <= EXACT

@@ -1,10 +1,12 @@
 """The arena: what is copied into it is what was given, and slots and bytes come back."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from deltaserve.deltas.bases import content_key
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import Affine, Dense, LowRank
 from deltaserve.deltas.sites import Task
@@ -112,3 +114,109 @@ def test_a_delta_without_tensors_is_resident_too():
     assert place.nbytes >= 0 and pool.get(0) is place
     pool.release(place)
     assert pool.used == 0
+
+
+def sharing(seed: int, *bases: torch.Tensor, rank: int = 3) -> Delta:
+    """A delta of little more than views of bases [40, 40], one LowRank for each."""
+    g = torch.Generator().manual_seed(seed)
+    at = {
+        f"s{place}": (LowRank(base[:rank, :33], base[:17, :rank], 1.0, torch.randn(rank, generator=g)),)
+        for place, base in enumerate(bases)
+    }
+    found = {content_key(base): base for base in bases}
+    return Delta(("vera",), at, Task.GENERATION, Provenance("test", str(seed), 0, 0), bases=found)
+
+
+def base(seed: int) -> torch.Tensor:
+    return torch.randn(40, 40, generator=torch.Generator().manual_seed(seed))
+
+
+BASE = 6400
+"""Bytes of one."""
+
+
+def test_three_deltas_have_one_copy_of_their_base():
+    pool, deltas = Pool(1 << 16, 8, CPU), [sharing(seed, base(1), base(2)) for seed in range(3)]
+    places = [put(pool, key, delta) for key, delta in enumerate(deltas)]
+    assert pool.size(deltas[0]) == 2 * 256 and pool.shared(deltas[0]) == 2 * BASE
+    assert pool.used == 3 * 2 * 256 + 2 * BASE and all(place.nbytes == 2 * 256 for place in places)
+    for place, delta in zip(places, deltas, strict=True):
+        for site, (given,) in delta.at.items():
+            (ours,) = place.delta.at[site]
+            views = [getattr(place.delta.at[site][0], name) for name in ("a", "b")]
+            assert (
+                torch.equal(ours.a, given.a) and torch.equal(ours.b, given.b) and torch.equal(ours.inner, given.inner)
+            )
+            assert [v.data_ptr() for v in views] == [getattr(places[0].delta.at[site][0], n).data_ptr() for n in "ab"]
+    assert [pool.release(place) for place in places] == [512, 512, 512 + 2 * BASE]
+    pool.check()
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_is_stored_in_the_pools_dtype(dtype: torch.dtype):
+    pool, delta = Pool(1 << 16, 8, CPU, dtype), sharing(0, base(1))
+    place = put(pool, 0, delta)
+    (ours,), (given,) = place.delta.at["s0"], delta.at["s0"]
+    assert 0 <= pool.shared(delta) - 1600 * dtype.itemsize < 256 and ours.a.dtype is ours.inner.dtype is dtype
+    assert torch.equal(ours.a, given.a.to(dtype)) and torch.equal(ours.b, given.b.to(dtype))
+
+
+def test_a_base_that_does_not_fit_leaves_nothing_behind():
+    pool = Pool(2 * BASE, 8, CPU)
+    put(pool, 0, sharing(0, base(1)))
+    used = pool.used
+    for delta in (sharing(1, base(2)), sharing(1, base(1), base(2)), sharing(1, base(2), base(1))):
+        assert pool.reserve(1, "d1@1", delta) is None
+        pool.check()
+        assert pool.used == used
+    full = Pool(2 * BASE, 8, CPU)
+    assert full.reserve(0, "d0@1", sharing(0, base(1), base(2))) is None and full.used == 0, "its own bytes do not fit"
+    assert same(put(pool, 1, sharing(1, base(1))).delta, sharing(1, base(1)))
+
+
+def test_slots_run_out_before_a_base_is_placed():
+    pool = Pool(1 << 16, 1, CPU)
+    put(pool, 0, sharing(0, base(1)))
+    used = pool.used
+    assert pool.reserve(1, "d1@1", sharing(1, base(2))) is None and pool.used == used
+
+
+def test_who_fails_while_copying_gives_its_base_to_the_next():
+    pool, spoilt, good = Pool(1 << 16, 8, CPU), sharing(0, base(1)), sharing(1, base(1))
+    first = pool.reserve(0, "d0@1", spoilt)
+    second = pool.reserve(1, "d1@1", good)
+    assert first is not None and second is not None and pool.used == 2 * 256 + BASE
+    with pytest.raises(KeyError):
+        pool.copy(first, dataclasses.replace(spoilt, bases={}))
+    pool._arena[: pool.used] = 255  # what was there before
+    assert pool.release(first) == 256
+    pool.publish(second, pool.copy(second, good))
+    pool.check()
+    assert torch.equal(second.delta.at["s0"][0].a, good.at["s0"][0].a)
+    assert pool.release(second) == 256 + BASE and pool.used == 0
+
+
+def test_a_base_comes_back_whole_after_its_last_user_left():
+    pool, delta = Pool(1 << 14, 8, CPU), sharing(0, base(1))
+    pool.release(put(pool, 0, delta))
+    pool._arena.fill_(255)
+    again = put(pool, 1, delta)
+    assert torch.equal(again.delta.at["s0"][0].b, delta.at["s0"][0].b)
+
+
+def test_the_last_user_of_a_base_that_is_wanted_goes_last():
+    pool = Pool(1 << 16, 8, CPU)
+    places = [
+        put(pool, key, delta) for key, delta in enumerate([sharing(0, base(1)), delta_of(1), sharing(2, base(2))])
+    ]
+    incoming = sharing(3, base(1))
+    assert pool.victim(delta_of(9)) is places[0] and pool.victim(incoming) is places[1]
+    pool.release(places[1])
+    assert pool.victim(incoming) is places[2]
+    pool.release(places[2])
+    assert pool.victim(incoming) is places[0], "better than nothing"
+    more = put(pool, 3, incoming)
+    assert pool.victim(sharing(4, base(1))) is places[0], "it is not the last"
+    places[0].pins = 1
+    assert pool.victim(sharing(4, base(1))) is more
