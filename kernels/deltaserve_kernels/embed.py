@@ -34,7 +34,7 @@ class EmbeddingTable(SlotTable):
 
 
 class LookupTable(SlotTable):
-    """Columns A [r, vocabulary], B [width, r], inner [r] and outer [width]; scalar scale. See `lowrank`."""
+    """Columns A [r, vocabulary], B [width, r], inner [r] or [r, r] and outer [width]; scalar scale. See `lowrank`."""
 
     strided = frozenset((0, 1))
 
@@ -53,7 +53,7 @@ def look_up(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: Embedding
 
 
 def add_low_rank(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: LookupTable, factor: float = 1.0) -> None:
-    """y[row] += factor · scale · outer ⊙ ((inner ⊙ A[:, ids[row]]ᵀ) Bᵀ), in place.
+    """y[row] += factor · scale · outer ⊙ (A[:, ids[row]]ᵀ D Bᵀ), in place; D as in `lowrank`.
 
     y [rows, width], any float dtype, summed in fp32.
     """
@@ -63,7 +63,9 @@ def add_low_rank(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: Look
         a, b, inner, outer = entry.tensors
         assert a is not None and b is not None
         hidden = a[:, ids[run.start : run.stop]].float().T
-        added = (hidden if inner is None else hidden * inner.float()) @ b.float().T
+        if inner is not None:
+            hidden = hidden * inner.float() if inner.ndim == 1 else hidden @ inner.float().T
+        added = hidden @ b.float().T
         if outer is not None:
             added *= outer.float()
         part = y[run.start : run.stop]

@@ -1,4 +1,7 @@
-"""LowRank: y += scale · outer ⊙ ((inner ⊙ (x Aᵀ)) Bᵀ) for each row's own. LoRA, VeRA and all else of low rank."""
+"""LowRank: y += scale · outer ⊙ (x Aᵀ D Bᵀ) for each row's own. LoRA, VeRA and all else of low rank.
+
+D is diag(inner) where inner is [r], and innerᵀ where it is [r, r].
+"""
 
 from collections.abc import Callable
 
@@ -16,10 +19,12 @@ _Slots = tuple[int, ...]
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _Found = list[tuple[Run, Entry]]
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+_Share = tuple[_Place, _Place, bool]
+"""Of A, of B, and whether inner is [r, r]."""
 
 
 class LowRankTable(SlotTable):
-    """Columns A [r, in], B [out, r], inner [r] and outer [out], the last two or None for ones; scalar scale.
+    """Columns A [r, in], B [out, r], inner [r] or [r, r] and outer [out], these two or None for ones; scalar scale.
 
     Ranks differ freely between slots. Slots with inner or outer may have one A and one B in common.
     """
@@ -28,7 +33,7 @@ class LowRankTable(SlotTable):
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(4, capacity, device)
-        self._places: dict[int, tuple[_Place, _Place]] = {}
+        self._shares: dict[int, _Share] = {}
         self._stacks: dict[_Slots, _Pair] = {}
         self._scales: dict[_Slots, _Pair] = {}
         self._cached_at = -1
@@ -39,11 +44,11 @@ class LowRankTable(SlotTable):
         super().put(slot, (a, b, inner, outer), scalars)
         assert a is not None and b is not None
         if inner is not None or outer is not None:
-            self._places[slot] = _place(a), _place(b)
+            self._shares[slot] = _place(a), _place(b), inner is not None and inner.ndim == 2
 
     def drop(self, slot: int) -> None:
         super().drop(slot)
-        self._places.pop(slot, None)
+        self._shares.pop(slot, None)
 
     @property
     def cached_bytes(self) -> int:
@@ -54,10 +59,10 @@ class LowRankTable(SlotTable):
     def split(self, rowmap: RowMap) -> tuple[_Found, list[_Found]]:
         """The runs without inner and outer; and the others, those of one A and one B together. All in row order."""
         alone: _Found = []
-        sharing: dict[tuple[_Place, _Place], _Found] = {}
+        sharing: dict[_Share, _Found] = {}
         for run, entry in self.entries(rowmap):
-            places = self._places.get(run.slot)
-            (alone if places is None else sharing.setdefault(places, [])).append((run, entry))
+            share = self._shares.get(run.slot)
+            (alone if share is None else sharing.setdefault(share, [])).append((run, entry))
         return alone, list(sharing.values())
 
     def stack(self, slots: _Slots) -> _Pair:
@@ -65,7 +70,7 @@ class LowRankTable(SlotTable):
         return self._cached(self._stacks, slots, _stacked)
 
     def scales(self, slots: _Slots) -> _Pair:
-        """fp32 scale · inner [slots, r] and outer [slots, out] of slots that share A and B."""
+        """fp32 scale · inner [slots, r] or [slots, r, r] and outer [slots, out], of slots that share A and B."""
         return self._cached(self._scales, slots, _scaled)
 
     def _cached(self, kept: dict[_Slots, _Pair], slots: _Slots, make: Callable[[list[Entry]], _Pair]) -> _Pair:
@@ -82,7 +87,7 @@ class LowRankTable(SlotTable):
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
-    """y += scale · outer ⊙ ((inner ⊙ (x Aᵀ)) Bᵀ) in place.
+    """y += scale · outer ⊙ (x Aᵀ D Bᵀ) in place.
 
     y fp32 [rows, out]; x [rows, in], any float dtype. Products and sums are fp32. Bare rows are not touched.
     """
@@ -95,7 +100,8 @@ def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTa
     for run, entry in table.entries(rowmap):
         a, b = _weights(entry)
         inner, outer = _vectors(entry)
-        hidden = inner * (x[run.start : run.stop].float() @ a.T)
+        hidden = x[run.start : run.stop].float() @ a.T
+        hidden = hidden * inner if inner.ndim == 1 else hidden @ inner.T
         y[run.start : run.stop] += entry.scalars[0] * outer * (hidden @ b.T)
 
 
@@ -128,16 +134,25 @@ def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, table: LowRankTable
     a, b = _weights(found[0][1])
     runs = [run for run, _ in found]
     inner, outer = table.scales(tuple(run.slot for run in runs))
-    if len(runs) > 1 and any(run.rows > 1 for run in runs):
-        counts = torch.tensor([run.rows for run in runs])
-        inner, outer = (scale.repeat_interleave(counts, 0) for scale in (inner, outer))
+    counts = [run.rows for run in runs]
     where = _where(runs)
-    hidden = (x[where].float() @ a.T).mul_(inner)
-    added = hidden @ b.T
+    hidden = x[where].float() @ a.T
+    if inner.ndim == 3:
+        hidden = torch.cat([part @ one.T for part, one in zip(hidden.split(counts), inner, strict=True)])
+    else:
+        hidden.mul_(_by_row(inner, counts))
+    added, outer = hidden @ b.T, _by_row(outer, counts)
     if isinstance(where, slice):
         y[where].addcmul_(added, outer)
     else:
         y.index_add_(0, where, added.mul_(outer))
+
+
+def _by_row(scales: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """A run's scales for each of its rows; those of a single run broadcast."""
+    if len(counts) == 1 or max(counts) == 1:
+        return scales
+    return scales.repeat_interleave(torch.tensor(counts), 0)
 
 
 def _where(runs: list[Run]) -> slice | torch.Tensor:
@@ -154,7 +169,7 @@ def _weights(entry: Entry) -> _Pair:
 
 
 def _vectors(entry: Entry) -> _Pair:
-    """inner [r] and outer [out], ones where there are none."""
+    """inner [r] or [r, r] and outer [out], ones where there are none."""
     a, b, inner, outer = entry.tensors
     assert a is not None and b is not None
     return (

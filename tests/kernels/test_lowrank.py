@@ -7,7 +7,7 @@ import torch
 
 from deltaserve_kernels import embed, lowrank
 from deltaserve_kernels.dispatch import Implementation, forced
-from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.rowmap import RowMap, Run
 from deltaserve_kernels.slots import SlotTable
 from deltaserve_kernels.testing import error_ratio
 
@@ -31,7 +31,9 @@ def truth(y: torch.Tensor, x: torch.Tensor, each: list[int], table: SlotTable) -
         entry = table.get(slot)
         if entry is not None:
             a, b, inner, outer = (1.0 if t is None else t.double() for t in entry.tensors)
-            out[row] += entry.scalars[0] * outer * (b @ (inner * (a @ x[row].double())))
+            hidden = a @ x[row].double()
+            hidden = inner @ hidden if entry.tensors[2] is not None and inner.ndim == 2 else inner * hidden
+            out[row] += entry.scalars[0] * outer * (b @ hidden)
     return out
 
 
@@ -104,7 +106,10 @@ SHARED = (0, 1, 2)
 
 
 def sharing_table(inner: int, outer: int, dtype: torch.dtype, rank: int = 5) -> lowrank.LowRankTable:
-    """Slots 0 to 2 share views of one A and one B; 3 is a plain pair, 4 has scales and a pair of its own."""
+    """Slots 0 to 2 and, with a square inner, 5 and 6 share views of one A and one B.
+
+    3 is a plain pair, 4 has scales and a pair of its own.
+    """
     g = torch.Generator().manual_seed(inner * outer)
     make = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
     wide, tall = make(rank, inner + 7), make(outer + 3, rank)
@@ -116,14 +121,20 @@ def sharing_table(inner: int, outer: int, dtype: torch.dtype, rank: int = 5) -> 
     table.put(2, (a, b, make(rank), None), (-1.3,))
     table.put(3, (make(3, inner), make(outer, 3), None, None), (0.5,))
     table.put(4, (make(2, inner), make(outer, 2), make(2), make(outer)), (2.0,))
+    table.put(5, (a, b, make(rank, rank), None), (0.9,))
+    table.put(6, (a, b, make(rank, rank), make(outer)), (-0.6,))
     return table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("longest", [1, 3, 9])
 @pytest.mark.parametrize(("inner", "outer"), [(33, 17), (1, 5), (64, 96)])
-def test_rows_that_share_a_base(inner, outer, longest, dtype, spread, rows_of, implementation):
+@pytest.mark.parametrize("first", [0, 2])
+def test_rows_that_share_a_base(first, inner, outer, longest, dtype, spread, rows_of, implementation):
+    """Slots 0 to 4, and 2 to 6."""
     rowmap, each = rows_of(spread, longest)
+    rowmap = RowMap(rowmap.rows, tuple(Run(r.slot + first, r.start, r.stop) for r in rowmap.runs), CPU)
+    each = [slot if slot < 0 else slot + first for slot in each]
     table = sharing_table(inner, outer, dtype)
     x, y = torch.randn(rowmap.rows, inner).to(dtype), torch.randn(rowmap.rows, outer)
     ours = y.clone()
@@ -134,7 +145,9 @@ def test_rows_that_share_a_base(inner, outer, longest, dtype, spread, rows_of, i
     assert torch.equal(ours[bare], y[bare])
 
 
-@pytest.mark.parametrize("slots", [*itertools.permutations((0, 1, 3, -1)), (0, 4, 1, 0, 2), (2, 0), (1,)])
+@pytest.mark.parametrize(
+    "slots", [*itertools.permutations((0, 1, 3, -1)), (0, 4, 1, 0, 2), (2, 0), (1,), (5, 6), (5, 0, 6, 3, 5)]
+)
 @pytest.mark.parametrize("rows", [(1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 1, 6, 2, 4)], ids=str)
 def test_sharing_beside_others_in_any_order(slots, rows, implementation):
     counts = rows[: len(slots)]
@@ -151,9 +164,9 @@ def test_sharing_beside_others_in_any_order(slots, rows, implementation):
 
 def test_slots_that_share_are_one_group_without_copies_of_the_base():
     table, rank = sharing_table(64, 96, torch.float32, rank=32), 32
-    alone, sharing = table.split(RowMap.of([(slot, 1) for slot in (4, 1, 3, 0, 2)], CPU))
+    alone, sharing = table.split(RowMap.of([(slot, 1) for slot in (4, 1, 3, 6, 0, 2, 5)], CPU))
     assert [run.slot for run, _ in alone] == [3]
-    assert [[run.slot for run, _ in found] for found in sharing] == [[4], [1, 0, 2]]
+    assert [[run.slot for run, _ in found] for found in sharing] == [[4], [1, 0, 2], [6, 5]]
     lowrank.apply(torch.zeros(3, 96), torch.randn(3, 64), RowMap.of([(slot, 1) for slot in SHARED], CPU), table)
     assert table.cached_bytes == len(SHARED) * (rank + 96) * 4
 
@@ -183,9 +196,14 @@ def test_looked_up_rows_are_scaled_too(dtype):
     table, wide = embed.LookupTable(8, CPU), make(4, 30)
     table.put(0, (wide[:, :20], make(6, 4), make(4), make(6)), (0.5,))
     table.put(1, (wide[:, :20], make(6, 4), None, None), (1.0,))
-    rowmap, ids, y = RowMap.of([(0, 3), (-1, 1), (1, 2)], CPU), torch.tensor([19, 0, 7, 3, 3, 19]), torch.randn(6, 6)
+    table.put(2, (wide[:, :20], make(6, 4), make(4, 4), None), (1.0,))
+    rowmap, ids, y = (
+        RowMap.of([(0, 3), (-1, 1), (1, 1), (2, 1)], CPU),
+        torch.tensor([19, 0, 7, 3, 3, 19]),
+        torch.randn(6, 6),
+    )
     ours = y.clone()
     embed.add_low_rank(ours, ids, rowmap, table, factor=3.0)
     rows = torch.nn.functional.one_hot(ids, 20)
-    expected = y + 3.0 * (truth(torch.zeros(6, 6), rows, [0, 0, 0, -1, 1, 1], table))
+    expected = y + 3.0 * (truth(torch.zeros(6, 6), rows, [0, 0, 0, -1, 1, 2], table))
     assert error_ratio(ours, expected) <= 1e-5 and torch.equal(ours[3], y[3])

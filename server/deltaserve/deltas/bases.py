@@ -4,6 +4,7 @@ A base is known by its content, never by a name that a checkpoint gives it: the 
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping
 
 import torch
@@ -19,14 +20,21 @@ def content_key(tensor: torch.Tensor) -> str:
     return found.hexdigest()
 
 
-def base_of(tensor: torch.Tensor, bases: Bases) -> str | None:
-    """The key of the base that a tensor is a view of, or None where its memory is its own."""
-    at = tensor.data_ptr()
-    for key, base in bases.items():
-        start = base.data_ptr()
-        if tensor.device == base.device and start <= at < start + base.numel() * base.element_size():
-            return key
-    return None
+class Owners:
+    """Whose memory a tensor lies in. Tensors and bases are on one device."""
+
+    def __init__(self, bases: Bases) -> None:
+        ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), key) for key, t in bases.items()]
+        self._spans = sorted(ends)
+
+    def base_of(self, tensor: torch.Tensor) -> str | None:
+        """The key of the base that a tensor is a view of, or None where its memory is its own."""
+        if not self._spans:
+            return None
+        at = tensor.data_ptr()
+        place = bisect_right(self._spans, at, key=lambda span: span[0]) - 1
+        start, end, key = self._spans[place]
+        return key if start <= at < end else None
 
 
 def same_view(view: torch.Tensor, base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

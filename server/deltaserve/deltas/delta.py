@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
-from deltaserve.deltas.bases import Bases, base_of, same_view
+from deltaserve.deltas.bases import Bases, Owners, same_view
 from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
 
@@ -55,11 +56,16 @@ class Delta:
         """Every tensor of its own, in the order in which the pool lays them out; no base and no view of one."""
         for primitives in self.at.values():
             for primitive in primitives:
-                yield from (t for t in tensors(primitive) if base_of(t, self.bases) is None)
+                yield from (t for t in tensors(primitive) if self.owners.base_of(t) is None)
         if self.prompt is not None:
             yield from tensors(self.prompt)
         if self.head is not None:
             yield from tensors(self.head)
+
+    @cached_property
+    def owners(self) -> Owners:
+        """Whether a tensor is a view of a base, and of which."""
+        return Owners(self.bases)
 
     @property
     def parameters(self) -> int:
@@ -88,7 +94,7 @@ def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor], bases: Base
     copies = {key: fn(base) for key, base in delta.bases.items()} if bases is None else bases
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        key = base_of(tensor, delta.bases)
+        key = delta.owners.base_of(tensor)
         return fn(tensor) if key is None else same_view(tensor, delta.bases[key], copies[key])
 
     def one(primitive: T) -> T:

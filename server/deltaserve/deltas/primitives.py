@@ -15,10 +15,10 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """y += scale · outer ⊙ ((inner ⊙ (u Aᵀ)) Bᵀ). A [r, in], B [out, r]; inner [r] and outer [out], or None for ones.
+    """y += scale · outer ⊙ (u Aᵀ D Bᵀ), A [r, in], B [out, r], outer [out]; inner [r] is D's diagonal, or [r, r] Dᵀ.
 
-    LoRA (arXiv 2106.09685). Where A and B are frozen and shared, inner and outer are what was learned: VeRA (arXiv
-    2310.11454).
+    None is ones. LoRA (arXiv 2106.09685) has A and B alone. Where those are frozen and shared, inner and outer are what
+    was learned: VeRA (arXiv 2310.11454).
     """
 
     a: torch.Tensor

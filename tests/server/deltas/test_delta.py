@@ -2,7 +2,7 @@
 
 import torch
 
-from deltaserve.deltas.bases import base_of, content_key
+from deltaserve.deltas.bases import Owners, content_key
 from deltaserve.deltas.delta import Delta, Provenance, mapped
 from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer, LowRank, Prefix, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
@@ -90,7 +90,7 @@ def test_views_of_a_base_are_not_its_own_bytes():
     delta, base = sharing_delta()
     assert [list(t.shape) for t in delta.tensors()] == [[2], [3], [7, 5], [2, 4], [3, 2]]
     assert delta.nbytes == 4 * delta.parameters == 4 * (2 + 3 + 35 + 8 + 6) and delta.shared_bytes == 4 * 30
-    assert base_of(base[4:, 5:], delta.bases) == content_key(base) and base_of(base.clone(), delta.bases) is None
+    assert delta.owners.base_of(base[4:, 5:]) == content_key(base) and delta.owners.base_of(base.clone()) is None
 
 
 def test_mapped_keeps_views_views():
@@ -117,3 +117,13 @@ def test_content_is_dtype_shape_and_bytes():
     others = (base.to(torch.bfloat16), base.view(3, 2), base + 1, base.view(torch.int32))
     assert len({content_key(t) for t in (base, *others)}) == 5
     assert content_key(base) == content_key(base.clone()) == content_key(torch.cat((base, base), 1)[:, 3:])
+
+
+def test_each_view_has_its_owner_among_neighbours():
+    whole = torch.zeros(60)
+    bases = {str(place): whole[10 * place + 5 : 10 * place + 12] for place in (3, 0, 4, 1)}
+    owners = Owners(bases)
+    found = [owners.base_of(whole[place : place + 1]) for place in range(60)]
+    inside = {at: key for key in bases for at in range(10 * int(key) + 5, 10 * int(key) + 12)}
+    assert found == [inside.get(place) for place in range(60)]
+    assert Owners({}).base_of(whole) is None

@@ -276,8 +276,10 @@ def applied(primitives: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
         y = y + functional.linear(u, dense.weight, dense.bias)
     if LowRank in by:
         low = by[LowRank]
-        inner, outer = (1.0 if t is None else t for t in (low.inner, low.outer))
-        y = y + low.scale * outer * ((inner * (u @ low.a.T)) @ low.b.T)
+        hidden = u @ low.a.T
+        if low.inner is not None:
+            hidden = hidden * low.inner if low.inner.ndim == 1 else hidden @ low.inner.T
+        y = y + low.scale * (1.0 if low.outer is None else low.outer) * (hidden @ low.b.T)
     if Sparse in by:
         index = by[Sparse].index.long()
         y = y + u @ torch.zeros_like(weight).index_put((index[0], index[1]), by[Sparse].values).T

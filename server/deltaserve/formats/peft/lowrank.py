@@ -135,7 +135,7 @@ def miss(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         else:
             block = target.number("miss_block", rank, target.outputs)
         places = torch.arange(target.inputs) % rank
-        pick = (places == torch.arange(rank).unsqueeze(1)).float()
+        pick = draft.base((places == torch.arange(rank).unsqueeze(1)).float())
         draft.put(target.name, LowRank(pick, block.T.contiguous(), 1.0))
 
     each("miss", one, "miss")(checkpoint, draft, weights)

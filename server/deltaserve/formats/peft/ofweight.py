@@ -126,7 +126,7 @@ def glora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
                 draft.put(target.name, Dense(weight * a + b))
         else:
             each_input = (b.expand(target.outputs, 1) / scale.unsqueeze(1)).contiguous()
-            draft.put(target.name, LowRank(torch.ones(1, target.inputs), each_input, 1.0))
+            draft.put(target.name, LowRank(draft.base(torch.ones(1, target.inputs)), each_input, 1.0))
             draft.put(target.name, Affine(scale=scale, shift=None if bias is None else (1 - scale) * bias))
         if more is not None:
             draft.shift(target.name, more)

@@ -44,8 +44,9 @@ def psoft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         change = turning.of(target) - torch.eye(rank)
         u, s, v = torch.linalg.svd(weights(target.name), full_matrices=False)
         before, after = (s[:rank].sqrt(),) * 2 if halves else (s[:rank], torch.ones(rank))
-        a = after.unsqueeze(1) * v[:rank]
-        draft.put(target.name, LowRank(a.contiguous(), (u[:, :rank] * before) @ change, 1.0))
+        # What is frozen follows from the backbone: it is the same for all deltas of one rank.
+        a, b = draft.base(after.unsqueeze(1) * v[:rank]), draft.base(u[:, :rank] * before)
+        draft.put(target.name, LowRank(a, b, 1.0, change))
 
     each("psoft", one)(checkpoint, draft, weights)
 

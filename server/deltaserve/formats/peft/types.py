@@ -160,9 +160,10 @@ def _check_numbers(draft: Draft) -> None:
 
 
 def _fits(part: LowRank) -> bool:
-    """Whether A times its inner scales and B times its outer ones are finite in float32."""
-    scaled = [(matrix, by) for matrix, by in ((part.a, part.inner), (part.b, part.outer)) if by is not None]
-    return all(float((m.abs().amax(1).double() * by.double().abs()).max()) <= _LARGEST for m, by in scaled)
+    """Whether inner times A and outer times B are finite in float32."""
+    scaled = [(matrix, by.double()) for matrix, by in ((part.a, part.inner), (part.b, part.outer)) if by is not None]
+    made = (by @ m.double() if by.ndim == 2 else by * m.abs().amax(1).double() for m, by in scaled)
+    return all(bool((product.abs() <= _LARGEST).all()) for product in made)
 
 
 def _type(config: Mapping[str, Any]) -> Type:

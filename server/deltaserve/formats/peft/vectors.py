@@ -106,7 +106,7 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         if group not in vectors:
             vectors[group] = checkpoint.take(f"tinylora_v.{group}", (length,)).float()
         r = min(rank, target.inputs, target.outputs)
-        a, b = target.number("tinylora_A", r, target.inputs), target.number("tinylora_B", target.outputs, r)
+        a, b = target.take("tinylora_A", r, target.inputs), target.take("tinylora_B", target.outputs, r)
         if saved and target.has("tinylora_P"):
             drawn = target.number("tinylora_P", length, r, r)
         elif length * r * r > _LONGEST:
@@ -115,7 +115,8 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             random = torch.Generator().manual_seed(seed + k)
             drawn = torch.normal(0.0, r**-0.5, (length, r, r), generator=random)
         middle = torch.einsum("u,uij->ij", vectors[group], drawn)
-        draft.put(target.name, LowRank(middle @ a, b, 1.0))
+        # What is frozen follows from the backbone: it is the same for all deltas of one rank.
+        draft.put(target.name, LowRank(draft.base(a), draft.base(b), 1.0, middle))
 
     each("tinylora", one, "tinylora")(checkpoint, draft, weights)
 
