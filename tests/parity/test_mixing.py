@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from methods import Case, cases
 from reference import Answer
 
-from deltaserve.deltas.delta import Delta, Provenance
+from deltaserve.deltas.delta import Delta, Provenance, mapped
 from deltaserve.deltas.primitives import LowRank
 from deltaserve.deltas.sites import BackboneSpec, Pooling, SiteType, Task
 from deltaserve.engine.request import Job, Request
@@ -26,6 +26,7 @@ ARRIVALS = (0, 0, 0, 0, 1, 2, 3, 5, 8, 12)
 SHORT = ("llama", "bert", "t5")
 COVERING = ("lora-patterns", "dora-bias", "pissa", "vera", "ia3", "prefix", "prompt", "p-tuning", "oft", "road-2")
 COVERING += ("shira", "ln-tuning", "lora-tokens", "lora-embedding", "loha", "lora-bias-all", "lora-saved-head")
+COVERING += ("tinylora", "psoft")
 
 CLASSIFYING = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
 POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
@@ -76,6 +77,7 @@ def low_rank(spec: BackboneSpec, rank: int) -> Delta:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[[str, list[Case]], Driven]]:
+    """Where a delta has bases, there is one more that shares them."""
     started: list[Driven] = []
 
     def open_(family: str, found: list[Case]) -> Driven:
@@ -84,6 +86,9 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str, list[Case]], Driven]]:
         started.append(driven)
         for case in found:
             driven.lower(case.name)
+            delta = driven.deltas[case.name]
+            if delta.bases:
+                driven.publish(f"{case.name}-again", mapped(delta, lambda t: t / 2, delta.bases))
         for rank in RANKS:
             driven.publish(f"rank-{rank}", low_rank(driven.backbone.spec, rank))
         return driven
