@@ -56,7 +56,8 @@ class Engine:
     """`submit`, `cancel`, `publish`, `retire`, `stats` and `drain` may be called from any thread.
 
     `fetch(key)` reads a delta that was evicted; `on_step` gets each forward's record on the engine's thread. `failure`
-    is done, with the exception, if the thread ever dies of a bug outside a step.
+    is done, with the exception, if the thread ever dies of a bug outside a step. `shared_bytes(delta)` are the device
+    bytes of a delta's bases, which are there once for all resident deltas that have them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Engine:
         self._cache = KVCache(backbone, settings.kv_bytes)
         backbone.attach_cache(self._cache.arrays)
         self._pool = Pool(settings.pool_bytes, SLOTS, backbone.device, DTYPES.get(settings.delta_dtype))
+        self.shared_bytes: Callable[[Delta], int] = self._pool.shared
         self._residency = Residency(backbone, self._pool, fetch, self._post, self._load_failed)
         self._runner = Runner(backbone)
         extents = self._cache.self_tokens, self._cache.memory_tokens
@@ -136,10 +138,6 @@ class Engine:
     def retire(self, key: int) -> Future[int]:
         """Frees a delta once the requests that name it have ended; the result is the bytes freed."""
         return self._ask(lambda asker: self._residency.retire(key, asker))
-
-    def shared_bytes(self, delta: Delta) -> int:
-        """Device bytes of a delta's bases, which are there once for all resident deltas that have them."""
-        return self._pool.shared(delta)
 
     def stats(self, steps: bool = False) -> EngineStats:
         """Counters as of now; those of a running step may be one step old."""

@@ -9,8 +9,8 @@ from deltaserve.pool.extents import Extents
 
 
 @dataclass(eq=False)
-class Base:
-    """`users` counts places that were reserved with it. `filled` belongs to the thread that copies."""
+class Stored:
+    """The one copy of a base. `users` counts places reserved with it; `filled` belongs to the thread that copies."""
 
     key: str
     start: int
@@ -21,20 +21,19 @@ class Base:
 
 
 class Bases:
-    """Of one arena. Like the pool, owned by the engine's thread, but for `filled`."""
+    """Those of one arena. Owned by the engine's thread, like the pool."""
 
     def __init__(self, arena: torch.Tensor, extents: Extents) -> None:
         self._arena = arena
         self._extents = extents
-        self._here: dict[str, Base] = {}
+        self._here: dict[str, Stored] = {}
 
-    def __len__(self) -> int:
-        return len(self._here)
+    def take(self, wanted: Iterable[tuple[str, torch.Size, torch.dtype]]) -> tuple[Stored, ...] | None:
+        """Counts one user more of each base; those that are not here yet get a range of their own.
 
-    def take(self, wanted: Iterable[tuple[str, torch.Size, torch.dtype]]) -> tuple[Base, ...] | None:
-        """Counts one user more of each base, those that are not here yet with a range of their own; or None, and does
-        nothing, where there is no room."""
-        taken: list[Base] = []
+        Does nothing and returns None where there is no room for all.
+        """
+        taken: list[Stored] = []
         for key, shape, dtype in wanted:
             base = self._here.get(key) or self._place(key, shape, dtype)
             if base is None:
@@ -44,7 +43,7 @@ class Bases:
             taken.append(base)
         return tuple(taken)
 
-    def give(self, bases: Iterable[Base]) -> int:
+    def give(self, bases: Iterable[Stored]) -> int:
         """Counts one user less of each; returns the bytes of those that had no other, which are free now."""
         freed = 0
         for base in bases:
@@ -57,11 +56,11 @@ class Bases:
     def check(self) -> None:
         assert all(key == base.key and base.users > 0 for key, base in self._here.items())
 
-    def _place(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Base | None:
+    def _place(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Stored | None:
         size = shape.numel() * dtype.itemsize
         start = self._extents.take(size)
         if start is None:
             return None
         tensor = self._arena[start : start + size].view(dtype).view(shape)
-        base = self._here[key] = Base(key, start, self._extents.rounded(size), tensor)
+        base = self._here[key] = Stored(key, start, self._extents.rounded(size), tensor)
         return base

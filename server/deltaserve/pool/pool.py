@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaserve.deltas.delta import Delta, mapped
-from deltaserve.pool.bases import Base, Bases
+from deltaserve.pool.bases import Bases, Stored
 from deltaserve.pool.extents import Extents
 
 _ALIGN = 256
@@ -32,7 +32,7 @@ class Resident:
     start: int
     nbytes: int
     kinds: tuple[str, ...]
-    bases: tuple[Base, ...] = ()
+    bases: tuple[Stored, ...] = ()
     delta: Delta | None = None
     pins: int = 0
     promised: bool = False
