@@ -152,7 +152,7 @@ def checked(folder: Path, backbone: Backbone, **told: bool) -> None:
     """Reads a checkpoint, and asserts that what comes of it can be installed and computed with."""
     delta = read(folder, backbone.spec, backbone.weights, **told)
     assert delta.kinds and delta.provenance.tensors_matched > 0
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in delta.tensors())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in (*delta.tensors(), *delta.bases.values()))
     scales = [one.scale for primitives in delta.at.values() for one in primitives if isinstance(one, LowRank)]
     assert all(abs(scale) <= torch.finfo(torch.float32).max for scale in scales)
     backbone.install(0, delta)
