@@ -104,7 +104,8 @@ def _requests(made: Sequence[Delta], tasks: frozenset[str], seed: int) -> list[R
         delta = None if number < 0 else made[number]
         reference = None
         if delta is not None:
-            reference = DeltaRef(number, f"d{number}@1", delta.kinds, delta.prompt_length, delta.position_shift)
+            known = delta.kinds, delta.prompt_length, delta.position_shift, delta.invocation
+            reference = DeltaRef(number, f"d{number}@1", *known)
         ids = tuple(torch.randint(3, 101, (5 + 3 * (number % 4),), generator=random).tolist())
         name = "bare" if delta is None else "+".join(delta.kinds) + f"-{number}"
         if "generate" in tasks:

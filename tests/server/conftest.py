@@ -209,7 +209,8 @@ class Driver:
 
     def ref(self, key: int) -> DeltaRef:
         delta = self.host[key]
-        return DeltaRef(key, f"d{key}@1", delta.kinds, delta.prompt_length, delta.position_shift)
+        known = delta.kinds, delta.prompt_length, delta.position_shift, delta.invocation
+        return DeltaRef(key, f"d{key}@1", *known)
 
     def publish(self, key: int, delta: Delta, label: str = "") -> int:
         self.host[key] = delta

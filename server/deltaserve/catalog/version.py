@@ -46,6 +46,7 @@ class Card:
     base_model: str = ""
     prompt_length: int = 0
     position_shift: int = 0
+    invocation: tuple[int, ...] = ()
     pooling: Pooling | None = None
     head_width: int = 0
 
@@ -67,6 +68,7 @@ class Card:
             base_model=made.base_model,
             prompt_length=delta.prompt_length,
             position_shift=delta.position_shift,
+            invocation=delta.invocation,
             pooling=delta.pooling,
             head_width=0 if delta.head is None else delta.head.width,
         )
@@ -102,6 +104,7 @@ class Version:
             kinds=self.card.kinds,
             prompt_length=self.card.prompt_length,
             position_shift=self.card.position_shift,
+            invocation=self.card.invocation,
         )
 
     def now(self, resident: Collection[int]) -> State:

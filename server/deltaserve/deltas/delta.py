@@ -34,7 +34,8 @@ class Delta:
 
     `at[site name]` lists the primitives there. `position_shift` is added to the positions of real tokens (a prefix in
     families with absolute or rotary positions). `pooling` is what the head reads. `labels` is as long as the head is
-    wide. `problem_type` is `regression`, `single_label_classification` or `multi_label_classification`.
+    wide. `problem_type` is `regression`, `single_label_classification` or `multi_label_classification`. With an
+    `invocation` it acts from the start of the last occurrence of these tokens on, and nowhere where they do not occur.
 
     `bases` are frozen tensors that other deltas may have too, by `content_key`. A primitive's tensor whose memory lies
     in one of them is a view of it, has unit stride in its last dimension, and is stored and counted with the base.
@@ -50,6 +51,7 @@ class Delta:
     pooling: Pooling | None = None
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
+    invocation: tuple[int, ...] = ()
     bases: Bases = field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:

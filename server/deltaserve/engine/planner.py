@@ -65,13 +65,14 @@ class _Axis:
     def rows(self) -> int:
         return len(self.ids)
 
-    def put(self, slot: int, ids: Iterable[int], first: int, types: Iterable[int] | None = None) -> None:
-        before = self.rows
+    def put(
+        self, runs: Iterable[tuple[int, int]], ids: list[int], first: int, types: Iterable[int] | None = None
+    ) -> None:
+        count = len(ids)
         self.ids.extend(ids)
-        count = self.rows - before
         self.positions.extend(range(first, first + count))
         self.token_types.extend([0] * count if types is None else types)
-        self.runs.append((slot, count))
+        self.runs.extend(runs)
 
     def stack(self, device: torch.device) -> Stack | None:
         if not self.ids:
@@ -81,7 +82,10 @@ class _Axis:
 
 
 class Planner:
-    """Lays batches out for one backbone. Decode rows stand first, then prefill, each group by slot."""
+    """Lays batches out for one backbone. Decode rows stand first, then prefill, each group by slot.
+
+    A sequence's rows before `acts_from` are bare rows, wherever they stand: to embed, to attend, to sample.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         self._device = backbone.device
@@ -100,14 +104,18 @@ class Planner:
         memory_runs: list[tuple[int, int]] = []
         sampled: list[Sampled] = []
         rows_sampled: list[int] = []
+        slots_sampled: list[tuple[int, int]] = []
         pooled: list[Pooled] = []
         rows_pooled: list[int] = []
         runs_pooled: list[tuple[int, int]] = []
         averaged: list[int] = []
 
-        def sample(sequence: Sequence, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()) -> None:
+        def sample(
+            sequence: Sequence, row: int, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()
+        ) -> None:
             sampled.append(Sampled(sequence, len(rows_sampled), count, draw, targets))
-            rows_sampled.extend(range(first, first + count))
+            rows_sampled.extend(range(row, row + count))
+            slots_sampled.extend(sequence.slots(first, count))
 
         generating = axes[Axis.DECODER if self._two_stacks else Axis.TOKENS]
         for sequence in batch.decode:
@@ -116,7 +124,7 @@ class Planner:
             self._cached_rows(generating, sequence, [sequence.output[-1]], index)
             if self._two_stacks:
                 memory_spans.append(self._cross(sequence, row, 1))
-            sample(sequence, row, 1, draw=True)
+            sample(sequence, row, index, 1, draw=True)
 
         for chunk in batch.prefill:
             sequence, tokens = chunk.sequence, axes[Axis.TOKENS]
@@ -133,10 +141,11 @@ class Planner:
                 ids = [self._start_id, *sequence.request.continuation[:-1]]
                 self._cached_rows(generating, sequence, ids, 0)
                 memory_spans.append(self._cross(sequence, row, len(ids)))
-                sample(sequence, row, len(ids), job is Job.GENERATE, sequence.request.continuation)
+                sample(sequence, row, 0, len(ids), job is Job.GENERATE, sequence.request.continuation)
             elif job is Job.SCORE:
                 count = len(sequence.request.continuation)
-                sample(sequence, first + chunk.count - count, count, False, sequence.request.continuation)
+                before = chunk.count - count
+                sample(sequence, first + before, before, count, False, sequence.request.continuation)
             elif job is Job.GENERATE:
                 self._sample_prefill(chunk, first, sample)
             else:
@@ -149,14 +158,13 @@ class Planner:
                 pooled.append(Pooled(sequence, span, (made, len(averaged)) if counts else None))
 
         tokens, decoder = axes[Axis.TOKENS], axes[Axis.DECODER]
-        slots = [(s.sequence.slot, s.count) for s in sampled]
         device = self._device
         plan = Plan(
             maps={
                 Axis.TOKENS: RowMap.of(tokens.runs, device),
                 Axis.DECODER: RowMap.of(decoder.runs, device),
                 Axis.MEMORY: RowMap.of(memory_runs, device),
-                Axis.SAMPLED: RowMap.of(slots, device),
+                Axis.SAMPLED: RowMap.of(slots_sampled, device),
                 Axis.POOLED: RowMap.of(runs_pooled, device),
             },
             attention={
@@ -203,7 +211,8 @@ class Planner:
         if self._cached[Axis.TOKENS]:
             self._cached_rows(axis, sequence, ids, chunk.start, types)
         else:
-            axis.put(sequence.slot, ids, self._first_position + chunk.start + sequence.position_shift, types)
+            slots = sequence.slots(chunk.start, len(ids))
+            axis.put(slots, ids, self._first_position + chunk.start + sequence.position_shift, types)
             axis.spans.append(Span(first, len(ids), 0, first, len(ids), sequence.slot, False))
 
     def _cached_rows(
@@ -212,7 +221,8 @@ class Planner:
         """Rows whose keys and values go to the sequence's extent at `index` and after; they attend to all before."""
         start, first = sequence.self_start, axis.rows
         assert start is not None
-        axis.put(sequence.slot, ids, self._first_position + index + sequence.position_shift, types)
+        slots = sequence.slots(index, len(ids))
+        axis.put(slots, ids, self._first_position + index + sequence.position_shift, types)
         axis.spans.append(Span(first, len(ids), index, start, index + len(ids), sequence.slot, True))
         axis.write.extend(range(start + index, start + index + len(ids)))
 
@@ -233,18 +243,18 @@ class Planner:
         end = chunk.start + chunk.count
         if sampling.prompt_logprobs is None:
             if chunk.last:
-                sample(sequence, first + chunk.count - 1, 1, True)
+                sample(sequence, first + chunk.count - 1, end - 1, 1, True)
             return
         low = max(chunk.start, sequence.prompt_rows)
         if low < end:
             ids = sequence.request.ids
             targets = ids[low - sequence.prompt_rows + 1 : end - sequence.prompt_rows + 1]
-            sample(sequence, first + low - chunk.start, end - low, chunk.last, targets)
+            sample(sequence, first + low - chunk.start, low, end - low, chunk.last, targets)
 
 
 class _Sample(Protocol):
-    """The type of `sample` above."""
+    """The type of `sample` above: `row` is the first row on its axis, `first` the same within the sequence."""
 
     def __call__(
-        self, sequence: Sequence, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()
+        self, sequence: Sequence, row: int, first: int, count: int, draw: bool, targets: tuple[int, ...] = ()
     ) -> None: ...

@@ -28,7 +28,8 @@ class FinishReason(StrEnum):
 class DeltaRef:
     """An immutable version of a delta, as the engine needs to know it before its bytes are there.
 
-    `key` is unique for ever; `label` is `name@version`; `prompt_length` and `position_shift` are the delta's.
+    `key` is unique for ever; `label` is `name@version`; `prompt_length`, `position_shift` and `invocation` are the
+    delta's.
     """
 
     key: int
@@ -36,6 +37,7 @@ class DeltaRef:
     kinds: tuple[str, ...]
     prompt_length: int = 0
     position_shift: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """One request inside the engine: what it still has to compute and what it holds. No torch here."""
 
+import sys
 from dataclasses import dataclass, field
 
 from deltaserve.backbone.families import Shape
+from deltaserve.engine.invocation import last_start
 from deltaserve.engine.request import Emit, Job, PositionLogprobs, Request
 from deltaserve.pool.pool import Resident
+
+_NEVER = sys.maxsize
 
 
 @dataclass(eq=False)
@@ -14,7 +18,8 @@ class Sequence:
     `computed`: input rows done. `output`: tokens generated. `self_start` and `memory_start`: extents in the KV cache,
     None while there is none. `place`: the pinned delta, None for the bare backbone or while it waits. `queued`: counts
     against the limit of those that wait. `counts`: how often each token is in `output`. `prompt_positions`: the input's
-    log-probabilities, gathered over its chunks.
+    log-probabilities, gathered over its chunks. `acts_from`: the first of its rows, counted along the input and then
+    the output, on which its delta acts.
     """
 
     request: Request
@@ -29,6 +34,15 @@ class Sequence:
     queued: bool = True
     counts: dict[int, int] = field(default_factory=dict)
     prompt_positions: list[PositionLogprobs] = field(default_factory=list)
+    acts_from: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        """PEFT looks for the invocation in what one forward is given: the prompt, or the input and its continuation."""
+        delta = self.request.delta
+        if delta is not None and delta.invocation:
+            assert not self.encoder_decoder, "formats refuse it"
+            start = last_start(self.request.ids + self.request.continuation, delta.invocation)
+            self.acts_from = _NEVER if start is None else self.prompt_rows + start
 
     @property
     def encoder_decoder(self) -> bool:
@@ -37,6 +51,11 @@ class Sequence:
     @property
     def slot(self) -> int:
         return -1 if self.place is None else self.place.slot
+
+    def slots(self, first: int, count: int) -> tuple[tuple[int, int], ...]:
+        """(slot, rows) of its rows [first, first + count), counted along the input and then the output."""
+        bare = min(max(self.acts_from - first, 0), count)
+        return ((-1, bare), (self.slot, count - bare)) if bare else ((self.slot, count),)
 
     @property
     def generates(self) -> bool:
