@@ -58,15 +58,16 @@ def forced(case: Case, model: Any, ids: list[int], tokens: list[int]) -> torch.T
 
 
 class Driven:
-    """An engine over `folder / "backbone"`, started; deltas are known by name."""
+    """An engine over `folder / "backbone"`, started, with other settings by name; deltas are known by name."""
 
-    def __init__(self, folder: Path, dtype: str = "float32", pool_bytes: int = 64 << 20) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", **changed: Any) -> None:
         self.folder = folder
         self.backbone = load(str(folder / "backbone"), dtype=dtype, device="cpu")
         self.before = self.checksum()
         self.deltas: dict[str, Delta] = {}
         self._keys: dict[str, int] = {}
-        settings = EngineSettings(pool_bytes=pool_bytes, kv_bytes=8 << 20, threads=1)
+        given: dict[str, Any] = {"pool_bytes": 64 << 20, "kv_bytes": 8 << 20, "threads": 1}
+        settings = EngineSettings(**(given | changed))
         self.engine = Engine(self.backbone, settings, lambda key: self.deltas[list(self._keys)[key]])
         self.engine.start()
 
@@ -86,7 +87,8 @@ class Driven:
         if name is None:
             return None
         delta = self.deltas[name]
-        return DeltaRef(self._keys[name], f"{name}@1", delta.kinds, delta.prompt_length, delta.position_shift)
+        known = delta.kinds, delta.prompt_length, delta.position_shift, delta.invocation
+        return DeltaRef(self._keys[name], f"{name}@1", *known)
 
     def answers(self, requests: Sequence[Request], arrivals: Sequence[int] = ()) -> list[Answer]:
         """What each request gets; number i joins after `arrivals[i]` steps, or sooner where nothing else runs."""
@@ -152,7 +154,7 @@ class _Run:
 def _answer(request: Request, tokens: Sequence[Tokens], end: Finished) -> Answer:
     match request.job:
         case Job.GENERATE:
-            places = [place for event in tokens for place in event.logprobs]
+            places = [place for event in tokens for place in (*event.prompt_logprobs, *event.logprobs)]
             return [token for event in tokens for token in event.ids], _rows(places)
         case Job.SCORE:
             return [], _rows(end.positions)

@@ -39,6 +39,9 @@ NORM = {"t5": "layer_norm", "flan-t5": "final_layer_norm", "bert": "LayerNorm", 
 NORM |= {"modernbert": "attn_norm"}
 """A norm of each family that is tried in full."""
 
+INVOCATION = (30, 7)
+"""What the activated LoRA of these tests are invoked by."""
+
 METHODS: Mapping[str, Make] = {
     "lora": _lora(),
     "lora-rslora": _lora(use_rslora=True, r=5, target_modules=lambda f: list(f.linears)),
@@ -155,6 +158,10 @@ GENERATING: Mapping[str, Make] = {
 DECODERS: Mapping[str, Make] = {
     "cpt": _cpt,
     "multitask-prompt": lambda f: peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_ranks=3),
+    "alora": _lora(alora_invocation_tokens=list(INVOCATION)),
+    "alora-lm-head": _lora(
+        alora_invocation_tokens=list(INVOCATION), lora_bias=True, target_modules=lambda f: [*f.linears, "lm_head"]
+    ),
 }
 """PEFT does these at causal language models alone."""
 POOLED: Mapping[str, Make] = {

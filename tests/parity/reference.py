@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 from families import FAMILIES, SPECIAL, VOCABULARY, Family
-from methods import HEADS, Case, config
+from methods import HEADS, INVOCATION, Case, config
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -81,6 +81,8 @@ def inputs(case: Case) -> list[list[int]]:
     random = torch.Generator().manual_seed(SEED + 31 * sum(map(ord, case.name)))
     lengths = [int(torch.randint(3, 14, (), generator=random)) for _ in range(2)]
     first, second = (torch.randint(SPECIAL, VOCABULARY, (n,), generator=random).tolist() for n in lengths)
+    if case.method.startswith("alora"):
+        first, second = [*first[:2], *INVOCATION, *first[2:]], [*INVOCATION, *second, *INVOCATION]
     return [first, [*second, 0] if case.task == "SEQ_CLS" else second]
 
 

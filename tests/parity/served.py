@@ -61,7 +61,6 @@ def _poly(family: Family) -> Any:
 BESIDE: Mapping[str, Make] = {
     "lora-pissa-niter": _lora(init_lora_weights="pissa_niter_4"),
     "lora-eva": _lora(init_lora_weights="eva"),
-    "alora": _lora(alora_invocation_tokens=[9, 30]),
     "layer-replication": _lora(layer_replication=[[0, 2], [1, 2]]),
     "lora-tied": _lora(target_modules=lambda f: [f.embedding], ensure_weight_tying=True),
     "supertuning": _tuner("Supertuning", sparsity=0.9),

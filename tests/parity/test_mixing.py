@@ -26,7 +26,7 @@ ARRIVALS = (0, 0, 0, 0, 1, 2, 3, 5, 8, 12)
 SHORT = ("llama", "bert", "t5")
 COVERING = ("lora-patterns", "dora-bias", "pissa", "vera", "ia3", "prefix", "prompt", "p-tuning", "oft", "road-2")
 COVERING += ("shira", "ln-tuning", "lora-tokens", "lora-embedding", "loha", "lora-bias-all", "lora-saved-head")
-COVERING += ("tinylora", "psoft")
+COVERING += ("tinylora", "psoft", "alora")
 
 CLASSIFYING = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
 POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
@@ -46,6 +46,9 @@ class Ask:
     def request(self, driven: Driven, number: int) -> Request:
         random = torch.Generator().manual_seed(self.words)
         ids = tuple(torch.randint(SPECIAL, VOCABULARY, (self.length,), generator=random).tolist())
+        if self.delta is not None and self.words % 4:
+            half = self.length // 2
+            ids = ids[:half] + driven.deltas[self.delta].invocation + ids[half:]
         known = {"id": f"r{number}", "job": self.job, "ids": ids, "delta": driven.ref(self.delta)}
         match self.job:
             case Job.GENERATE:

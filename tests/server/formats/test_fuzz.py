@@ -22,7 +22,7 @@ import torch
 from driven import written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from methods import GENERATING, Case, cases
+from methods import DECODERS, GENERATING, Case, cases
 from safetensors.torch import load_file, save
 
 from deltaserve.backbone.load import load
@@ -64,8 +64,8 @@ class Files:
 
 def shared(family: str) -> list[Case]:
     """The families take turns at the methods; the few last ones, which not all have, are in the others too."""
-    turn = FAMILIES.index(family)
-    return [case for n, case in enumerate(cases(family)) if n % len(FAMILIES) == turn or case.method in GENERATING]
+    turn, few = FAMILIES.index(family), GENERATING | DECODERS
+    return [case for n, case in enumerate(cases(family)) if n % len(FAMILIES) == turn or case.method in few]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ def reading(backbones: Mapping[str, Backbone]) -> Callable[..., Any]:
 
 OPTIONS = (
     ("use_qalora", True),
-    ("alora_invocation_tokens", [3, 4]),
     ("arrow_config", {"top_k": 1}),
     ("layer_replication", [[0, 2]]),
     ("target_parameters", ["wte.weight"]),

@@ -20,6 +20,7 @@ class Draft:
         self.head: Head | None = None
         self.position_shift = 0
         self.bases: dict[str, torch.Tensor] = {}
+        self.invocation: tuple[int, ...] = ()
 
     @property
     def at(self) -> dict[str, tuple[SitePrimitive, ...]]:

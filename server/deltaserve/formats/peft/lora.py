@@ -7,7 +7,7 @@ import torch
 
 from deltaserve.deltas.primitives import Affine, Dense, LowRank
 from deltaserve.deltas.sites import SiteType, Weights
-from deltaserve.formats.peft import options, starts, tokens
+from deltaserve.formats.peft import invocation, options, starts, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import LINEARS, Target, biases, parameters, targets
@@ -18,14 +18,13 @@ OPTIONS = options.Options(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "bias", "init_lora_weights"}
         | {"use_dora", "kasa_config", "trainable_token_indices", "use_bdlora", "target_parameters"}
-        | {"velora_config", "monteclora_config"}
+        | {"velora_config", "monteclora_config", invocation.KEY}
     ),
     inert=frozenset(
         {"lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"}
     ),
     refused={
         "use_qalora": "QALoRA needs a quantised backbone",
-        "alora_invocation_tokens": f"activated LoRA acts on part of the rows, and {_LATER}",
         "arrow_config": "Arrow routes each token over several LoRA; it cannot be one delta",
         "layer_replication": "it makes another backbone, with more layers",
         "loftq_config": "LoftQ needs data that is not in the checkpoint",
@@ -57,6 +56,7 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """y += s · (x Aᵀ) Bᵀ + s · b_B at each target; s = alpha / r, or alpha / √r with rsLoRA."""
     config = checkpoint.config
     draft.kind("lora")
+    invocation.lower(checkpoint, draft)
     sizes = _Sizes(
         options.integer(config, "r", 8),
         options.number(config, "lora_alpha", 8),
@@ -82,6 +82,7 @@ def _modules(checkpoint: Checkpoint, draft: Draft, weights: Weights, sizes: _Siz
         subtract = starts.tail
     found = list(targets(checkpoint, draft, (*LINEARS, SiteType.EMBEDDING)))
     for target in found:
+        invocation.check(target)
         looked_up = target.site.type is SiteType.EMBEDDING
         r, scale = sizes.of(target, target.own)
         if looked_up:
@@ -167,6 +168,9 @@ def _base_weight(target: Target, weights: Weights) -> None:
     saved = target.take("base_layer.weight", *ours.shape)
     if any(torch.equal(saved.to(kind).float(), ours) for kind in (torch.float32, torch.bfloat16, torch.float16)):
         return
+    if target.draft.invocation:
+        what = f"{target.name}.base_layer.weight differs from the backbone's, and acts on every token"
+        raise options.not_served(invocation.KEY, list(target.draft.invocation), what)
     target.draft.kind("selective-module")
     target.draft.put(target.name, Dense(saved, target.site.bias, replace=True))
     target.checkpoint.warn(

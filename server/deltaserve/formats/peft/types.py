@@ -95,7 +95,7 @@ TYPES: Mapping[str, Type] = {
 }
 
 KINDS = (
-    *("lora", "dora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
+    *("lora", "dora", "alora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
     *("loha", "lokr", "fourierft", "c3a", "hira", "oft", "boft", "road", "shira", "supertuning", "ln-tuning"),
     *("unilora", "tinylora", "poly", "randlora", "frod", "waveft", "psoft", "osf", "deft", "peanut", "glora"),
     *("beft", "ia3", "prefix-tuning", "cartridge", "prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning"),
@@ -140,6 +140,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         labels=labels,
         problem_type=problem,
         bases=draft.bases,
+        invocation=draft.invocation,
     )
 
 
