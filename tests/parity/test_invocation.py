@@ -79,7 +79,7 @@ def beside(driven: Driven, count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("family", NAMES)
 def test_generate_whole_and_in_chunks(family: str, opened: Callable[..., Opened]) -> None:
     without: dict[str, Answer] = {}
