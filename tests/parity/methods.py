@@ -35,6 +35,11 @@ def _cpt(family: Family) -> Any:
     )  # fmt: skip
 
 
+def _head_by_pattern(family: Family) -> str:
+    """PEFT finds again by it what is tied to any family's embedding."""
+    return rf"(.*\.)?lm_head|.*{family.linears[0]}"
+
+
 NORM = {"t5": "layer_norm", "flan-t5": "final_layer_norm", "bert": "LayerNorm", "gpt2": "ln_2", "llama": "norm"}
 NORM |= {"modernbert": "attn_norm"}
 """A norm of each family that is tried in full."""
@@ -101,6 +106,24 @@ METHODS: Mapping[str, Make] = {
     ),
     "prompt": lambda f: peft.PromptTuningConfig(num_virtual_tokens=6),
     "p-tuning": lambda f: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
+    "lora-tied": _lora(target_modules=_head_by_pattern, ensure_weight_tying=True),
+    "dora-tied": _lora(target_modules=_head_by_pattern, ensure_weight_tying=True, use_dora=True),
+    "lora-parameters-embedding": _lora(
+        target_modules=[], target_parameters=lambda f: [f"{f.linears[0]}.weight", f"{f.embedding}.weight"]
+    ),
+    "lora-parameters-pissa": _lora(
+        target_modules=[], init_lora_weights="pissa", target_parameters=lambda f: [f"{f.linears[0]}.weight"]
+    ),
+    "adalora-tokens": _tuner(
+        "AdaLora",
+        init_r=5,
+        target_r=3,
+        total_step=10,
+        trainable_token_indices=lambda f: {f.embedding: [SPECIAL + 7, SPECIAL + 1]},
+    ),
+    "tinylora-embedding": _tuner("TinyLora", r=3, u=16, target_modules=lambda f: [f.linears[0], f.embedding]),
+    "hira-embedding": _tuner("Hira", r=4, target_modules=lambda f: [*f.linears, f.embedding]),
+    "waveft-sym4": _tuner("WaveFT", n_frequency=50, scaling=10.0, wavelet_family="sym4"),
 }
 LINEAR_ONLY: Mapping[str, Make] = {
     "kasa": _lora(kasa_config=lambda f: peft.KasaConfig()),
@@ -149,11 +172,20 @@ LINEAR_ONLY: Mapping[str, Make] = {
     "poly": _tuner("Poly", r=4, n_skills=3, n_splits=2),
     "osf": _tuner("OSF", effective_rank=0.8),
     "osf-half": _tuner("OSF"),
+    "oft-embedding": _tuner("OFT", oft_block_size=8, r=0, target_modules=lambda f: [f.linears[0], f.embedding]),
+    "supertuning-chosen-again": _tuner("Supertuning", sparsity=0.9, save_precomputed_indices=False),
+    "glora-biases": _tuner("Glora", r=4, bias="all", config_C="vector", config_D_E="vector"),
+    "psoft-lowrank": _tuner("Psoft", r=6, psoft_svd="lowrank", random_seed=5),
 }
 """PEFT does these at nn.Linear alone, so not on GPT-2."""
 GENERATING: Mapping[str, Make] = {
     "lora-lm-head": _lora(target_modules=lambda f: [f.linears[0], "lm_head"]),
-    "lora-saved-head": _lora(modules_to_save=["lm_head"]),
+    "lora-saved-head": _lora(modules_to_save=lambda f: ["lm_head"]),
+    "pissa-lm-head": _lora(target_modules=lambda f: [f.linears[0], "lm_head"], init_lora_weights="pissa"),
+    "tinylora-lm-head": _tuner("TinyLora", r=3, u=16, target_modules=lambda f: [f.linears[0], "lm_head"]),
+    "lora-tokens-apart": _lora(
+        trainable_token_indices=lambda f: {f.embedding: [SPECIAL + 9, SPECIAL], "lm_head": [SPECIAL + 3, SPECIAL + 20]}
+    ),
 }
 DECODERS: Mapping[str, Make] = {
     "cpt": _cpt,
@@ -162,6 +194,7 @@ DECODERS: Mapping[str, Make] = {
     "alora-lm-head": _lora(
         alora_invocation_tokens=list(INVOCATION), lora_bias=True, target_modules=lambda f: [*f.linears, "lm_head"]
     ),
+    "lora-tied-saved": _lora(modules_to_save=lambda f: ["lm_head"], ensure_weight_tying=True),
 }
 """PEFT does these at causal language models alone."""
 POOLED: Mapping[str, Make] = {

@@ -62,10 +62,8 @@ BESIDE: Mapping[str, Make] = {
     "lora-pissa-niter": _lora(init_lora_weights="pissa_niter_4"),
     "lora-eva": _lora(init_lora_weights="eva"),
     "layer-replication": _lora(layer_replication=[[0, 2], [1, 2]]),
-    "lora-tied": _lora(target_modules=lambda f: [f.embedding], ensure_weight_tying=True),
     "supertuning": _tuner("Supertuning", sparsity=0.9),
     "supertuning-smallest": _tuner("Supertuning", sparsity=0.9, select_top=False, r=3),
-    "supertuning-chosen-again": _tuner("Supertuning", sparsity=0.9, save_precomputed_indices=False),
     "lily": _tuner("Lily", r=4),
     "poly": _poly,
     "multitask-prompt": lambda f: peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2),
@@ -154,6 +152,8 @@ def _peft(case: Case, family: Family, config: Any, folder: Path) -> torch.Tensor
     labels = {"num_labels": 2 if case.task == "QUESTION_ANS" else LABELS} if case.task in TASK_HEADS else {}
     model = auto.from_pretrained(folder / "backbone", attn_implementation="eager", dtype=torch.float32, **labels)
     model = peft.get_peft_model(model, config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("PEFT finds nothing here that it could train")
     drawn(model, SEED + sum(map(ord, case.name)), trainable=True)
     model.eval()
     if case.task == "QUESTION_ANS":

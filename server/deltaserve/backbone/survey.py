@@ -103,7 +103,8 @@ def _site(path: str, module: torch.nn.Module, family: Family, config: object) ->
         # OPT's positions are given a mask instead of ids, and Gemma's tokens are multiplied.
         if type(module) is not torch.nn.Embedding and not hasattr(module, "embed_scale"):
             return None
-        return Site(path, SiteType.EMBEDDING, axis, module.num_embeddings, module.embedding_dim)
+        factor = float(getattr(module, "embed_scale", 1.0))
+        return Site(path, SiteType.EMBEDDING, axis, module.num_embeddings, module.embedding_dim, factor=factor)
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.nn.Parameter) and weight.ndim == 1:
         width = int(weight.shape[0])

@@ -59,7 +59,7 @@ class Site:
     """One module of the backbone. `in_features` and `out_features` are logical, whatever the storage.
 
     For an embedding: vocabulary and width. For a norm: width twice. For an attention: `kv_heads`, `head_dim`.
-    `bias` is a host fp32 copy [out], or None.
+    `bias` is a host fp32 copy [out], or None. `factor` is what an embedding multiplies looked-up rows by (Gemma).
     """
 
     name: str
@@ -70,6 +70,7 @@ class Site:
     bias: torch.Tensor | None = None
     kv_heads: int = 0
     head_dim: int = 0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

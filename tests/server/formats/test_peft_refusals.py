@@ -37,10 +37,8 @@ OPTIONS = (
     ("use_qalora", True),
     ("arrow_config", {"top_k": 1}),
     ("layer_replication", [[0, 2]]),
-    ("target_parameters", ["wte.weight"]),
     ("target_parameters", ["mlp.experts"]),
     ("loftq_config", {"bits": 4}),
-    ("ensure_weight_tying", True),
     ("init_lora_weights", "pissa_niter_4"),
     ("init_lora_weights", "olora"),
     ("init_lora_weights", "corda"),
@@ -114,6 +112,14 @@ VALUES: tuple[tuple[str, Any, str], ...] = (
     ("use_bdlora", {"target_modules_bd_a": ["attn"], "target_modules_bd_b": ["c_"]}, "both A and B"),
     ("use_bdlora", {"target_modules_bd_a": ["attn"], "nblocks": 3}, "3 blocks, which do not divide r"),
     ("target_parameters", ["c_attn.weight"], "lora_A.weight' is missing"),
+    ("target_parameters", ["wte.weight"], r"wte\.lora_A\.weight' is missing"),
+    (
+        "target_parameters",
+        ["mlp.experts.gate_up_proj"],
+        "of this name; parameters of three dimensions are those of mix",
+    ),
+    ("target_parameters", ["ln_1.weight"], "no linear layer or embedding here has a weight of this name|of type norm"),
+    ("ensure_weight_tying", "yes", "true or false is expected"),
     ("task_type", "QUESTION_ANS", "'task_type' is 'QUESTION_ANS'"),
 )
 
@@ -164,7 +170,71 @@ def test_made_for_another_width(written: Any, reading: Any) -> None:
 def test_embedding_target_is_refused(written: Any, reading: Any) -> None:
     spoilt = written("gpt2", lora())
     spoilt.config(peft_type="ADALORA", target_modules=["wte", "c_attn"])
-    with pytest.raises(FailedPrecondition, match=r"embedding 'transformer\.wte'"):
+    with pytest.raises(BadCheckpoint, match=r"'transformer\.wte', which is of type embedding here"):
+        reading("gpt2", spoilt)
+
+
+HEAD = r"(.*\.)?lm_head|.*c_attn"
+
+
+def tied(**told: Any) -> Any:
+    return lora(ensure_weight_tying=True, **told)
+
+
+def test_lora_of_what_is_tied_is_the_embeddings(written: Any, reading: Any) -> None:
+    spoilt = written("gpt2", tied(target_modules=HEAD))
+    assert {"lm_head", "transformer.wte"} <= set(reading("gpt2", spoilt).at)
+    name = "base_model.model.lm_head.lora_A.weight"
+    spoilt.tensors(lambda tensors: tensors[name].add_(1))
+    with pytest.raises(BadCheckpoint, match=r"the LoRA of 'lm_head' is not that of 'transformer\.wte'"):
+        reading("gpt2", spoilt)
+    spoilt.tensors(lambda tensors: tensors.pop(name))
+    with pytest.raises(BadCheckpoint, match=r"lm_head\.lora_A\.weight' is missing"):
+        reading("gpt2", spoilt)
+
+
+def test_tie_that_peft_forgets(written: Any, reading: Any) -> None:
+    """PEFT rewrites a list of targets to the embedding's name, and by `wte` it does not know the tie again."""
+    spoilt = written("gpt2", tied(target_modules=["c_attn", "lm_head"]))
+    with pytest.raises(
+        FailedPrecondition, match=r"'ensure_weight_tying' is True: PEFT itself loses .*'lm_head'"
+    ) as told:
+        reading("gpt2", spoilt)
+    assert told.value.metadata["key"] == "ensure_weight_tying"
+
+
+def test_saved_weight_of_what_is_tied_is_the_embeddings(written: Any, reading: Any) -> None:
+    spoilt = written("gpt2", tied(modules_to_save=["lm_head"]))
+    found = reading("gpt2", spoilt).at
+    assert found["lm_head"][0].weight is found["transformer.wte"][0].weight
+    spoilt.tensors(lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+    with pytest.raises(BadCheckpoint, match=r"the weight of 'lm_head' is not that of 'transformer\.wte'"):
+        reading("gpt2", spoilt)
+
+
+def test_weight_below_a_tied_lora_is_one(written: Any, reading: Any) -> None:
+    """A weight of the delta's own below lm_head is what the embedding looks up too."""
+    spoilt = written("gpt2", lora(target_modules=["c_attn", "lm_head"]))
+    name = "base_model.model.lm_head.base_layer.weight"
+    spoilt.tensors(lambda tensors: tensors[name].add_(1))
+    found = reading("gpt2", spoilt)
+    assert found.at["transformer.wte"][0].weight is found.at["lm_head"][0].weight
+    assert any("lm_head.base_layer.weight differs" in warning for warning in found.provenance.warnings)
+    spoilt = written("gpt2", tied(target_modules=HEAD))
+    spoilt.tensors(lambda tensors: tensors[name].add_(1))
+    with pytest.raises(BadCheckpoint, match="'lm_head' brings another weight than what is tied to it"):
+        reading("gpt2", spoilt)
+
+
+def test_rows_for_the_vocabulary_linear(written: Any, reading: Any) -> None:
+    """One list for both leaves the embedding's rows alone in the file; two lists are two sets of rows."""
+    spoilt = written("gpt2", lora(trainable_token_indices={"wte": [3, 4], "lm_head": [3, 4]}))
+    assert {"lm_head", "transformer.wte"} <= set(reading("gpt2", spoilt).at)
+    spoilt.config(trainable_token_indices={"wte": [3, 4], "lm_head": [4, 3]})
+    with pytest.raises(BadCheckpoint, match="names 'lm_head'; the checkpoint has no rows for it"):
+        reading("gpt2", spoilt)
+    spoilt.config(trainable_token_indices={"lm_head": [3, 4]})
+    with pytest.raises(BadCheckpoint, match="names 'lm_head'; the checkpoint has no rows for it"):
         reading("gpt2", spoilt)
 
 

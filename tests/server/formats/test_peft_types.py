@@ -16,7 +16,9 @@ from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.primitives import Affine, Block, Dense, LowRank, Sparse
 from deltaserve.deltas.sites import SiteType
 from deltaserve.errors import BadCheckpoint, DeltaserveError, FailedPrecondition
+from deltaserve.formats.peft import ofweight
 from deltaserve.formats.peft.types import TYPES
+from deltaserve.formats.peft.wavelets import FILTERS
 from deltaserve.formats.registry import read
 from deltaserve_kernels.testing import error_ratio
 
@@ -191,11 +193,10 @@ def test_size_is_checked_before_anything_is_made(kind: str, size: Any, made: Any
 OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("RANDLORA", "save_projection", False),
     ("FROD", "save_projection", False),
-    ("WAVEFT", "wavelet_family", "db2"),
-    ("PSOFT", "psoft_svd", "lowrank"),
+    ("WAVEFT", "wavelet_family", "coif5"),
+    ("WAVEFT", "wavelet_family", ["db1"]),
     ("PEANUT", "act_fn", "xielu"),
     ("PEANUT", "act_fn", ["relu"]),
-    ("GLORA", "bias", "glora_only"),
     ("PVERA", "sample_at_inference", True),
     ("POLY", "n_tasks", 2),
     ("MULTITASK_PROMPT_TUNING", "num_tasks", 2),
@@ -225,6 +226,11 @@ VALUES: tuple[tuple[str, str, Any, str], ...] = (
     ("UNILORA", "theta_d_length", 41, r"shape \[40\]; .* \[41\]"),
     ("TINYLORA", "projection_seed", 1.5, "'projection_seed' is 1.5"),
     ("TINYLORA", "weight_tying", "x", "'weight_tying' is 'x'"),
+    ("SUPERTUNING", "sparsity", 1, "'sparsity' is 1.0"),
+    ("SUPERTUNING", "select_top", "yes", "true or false is expected"),
+    ("PSOFT", "psoft_svd_lowrank_niter", 0, "'psoft_svd_lowrank_niter' is 0"),
+    ("GLORA", "bias", "glora_only", "query.base_layer.bias' is missing"),
+    ("GLORA", "bias", "lora_only", "'bias' is 'lora_only'"),
 )
 
 
@@ -300,12 +306,17 @@ MORE: Mapping[str, Callable[[], Any]] = {
     "WAVEFT dense": lambda: tuner("WaveFT", n_frequency=200),
     "WAVEFT direct": lambda: tuner("WaveFT", n_frequency=20, use_idwt=False),
     "PEANUT silu": lambda: tuner("Peanut", r=2, act_fn="silu"),
+    "PSOFT lowrank": lambda: tuner("Psoft", r=3, psoft_svd="lowrank", psoft_svd_lowrank_niter=2, random_seed=9),
+    "GLORA biases": lambda: tuner("Glora", r=2, bias="glora_only", config_C="vector", config_D_E="vector"),
+    "SUPERTUNING chosen again": lambda: tuner(
+        "Supertuning", r=2, sparsity=0.3, select_top=False, save_precomputed_indices=False
+    ),
     "DEFT wide": lambda: tuner("Deft", r=20, decomposition_method="qr"),
     "OSF none": lambda: tuner("OSF", effective_rank=16, rank_pattern={"query": 3}),
     "TINYLORA wide": lambda: tuner("TinyLora", r=30, u=4, weight_tying=1.0, save_projection=False),
     "OFT two": lambda: square("OFT", oft_block_size=4, r=0, num_cayley_neumann_terms=2),
 }
-MORE |= {f"PEANUT {act}": lambda act=act: tuner("Peanut", r=2, act_fn=act) for act in ("gelu_new", "mish", "relu6")}
+MORE |= {f"PEANUT {act}": lambda act=act: tuner("Peanut", r=2, act_fn=act) for act in ofweight.ACTIVATIONS}
 ELSEWHERE = {"LN_TUNING", "CPT", "CARTRIDGE", "TRAINABLE_TOKENS", "MULTITASK_PROMPT_TUNING"}
 ELSEWHERE |= {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 """Not at linear layers."""
@@ -319,10 +330,38 @@ def test_each_linear_computes_what_pefts_does(kind: str, written: Any, backbones
         warnings.simplefilter("ignore")
         config = (MADE | MORE)[kind]()
     spoilt = written("bert", config)
+    compare(kind, spoilt, backbone, "AutoModel", "bert.")
+
+
+HEADLESS = {"LORA", "PVERA", "IA3"}
+"""Of LoRA there are tests of its own; the others are like VeRA, and have their feed-forward modules."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind not in ELSEWHERE | HEADLESS])
+def test_each_vocabulary_linear_computes_what_pefts_does(
+    kind: str, written: Any, backbones: Mapping[str, Backbone]
+) -> None:
+    """With a targeted lm_head PEFT also saves the weight below it, whatever the type is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = MADE[kind]()
+    config.target_modules, config.task_type = {"q_proj", "lm_head"}, "CAUSAL_LM"
+    spoilt = written("opt", config)
+    name = "base_model.model.lm_head.base_layer.weight"
+    assert name in load_file(spoilt.folder / "adapter_model.safetensors")
+    delta = compare(kind, spoilt, backbones["opt"], "AutoModelForCausalLM", "")
+    assert "lm_head" in delta.at
+    spoilt.tensors(lambda tensors: tensors[name].add_(0.1))
+    with pytest.raises(BadCheckpoint, match=r"lm_head\.base_layer\.weight is not this backbone's"):
+        read(spoilt.folder, backbones["opt"].spec, backbones["opt"].weights)
+
+
+def compare(kind: str, spoilt: Any, backbone: Backbone, auto: str, prefix: str) -> Any:
+    """Each module of the delta beside PEFT's, on rows of noise; returns the delta."""
     delta = read(spoilt.folder, backbone.spec, backbone.weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = transformers.AutoModel.from_pretrained(backbone.name, dtype=torch.float32)
+        plain = getattr(transformers, auto).from_pretrained(backbone.name, dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(plain, spoilt.folder).eval()
     told = {"task_ids": torch.zeros(1, dtype=torch.long)} if kind == "POLY" else {}
     assert delta.at
@@ -331,6 +370,78 @@ def test_each_linear_computes_what_pefts_does(kind: str, written: Any, backbones
         x = torch.randn(1, 6, site.in_features, generator=torch.Generator().manual_seed(len(name)))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = model.base_model.model.get_submodule(name.removeprefix("bert."))(x, **told)
+            theirs = model.base_model.model.get_submodule(name.removeprefix(prefix))(x, **told)
         ours = applied(primitives, x, backbone.weights(name), site.bias)
         assert error_ratio(ours, theirs) <= 1e-5, name
+    return delta
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_wavelet_computes_what_pefts_does(name: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
+    spoilt = written("bert", tuner("WaveFT", n_frequency=20, wavelet_family=name))
+    compare("WAVEFT", spoilt, backbones["bert"], "AutoModel", "bert.")
+
+
+@pytest.mark.parametrize("name", [name for name in FILTERS if name != "coif4"])
+def test_wavelet_keeps_lengths(name: str) -> None:
+    """Σ h = √2, and h is orthogonal to itself moved by two; PEFT's coif4 is not, and is what PEFT computes with."""
+    low = torch.tensor(FILTERS[name], dtype=torch.float64)
+    assert float(low.sum()) == pytest.approx(2**0.5, abs=1e-10)
+    for moved in range(0, low.shape[0], 2):
+        product = float((low[moved:] * low[: low.shape[0] - moved]).sum())
+        assert product == pytest.approx(float(moved == 0), abs=1e-10)
+
+
+def test_supertuning_without_places_has_as_many_numbers_as_its_sparsity_says(made: Any) -> None:
+    spoilt, reading = made("SUPERTUNING")
+    spoilt.tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("indices")])
+    with pytest.raises(BadCheckpoint, match="supertuning_indices' is missing"):
+        reading()
+    spoilt.config(save_precomputed_indices=False)
+    assert reading().kinds == ("supertuning",)
+    spoilt.config(sparsity=0.2)
+    with pytest.raises(BadCheckpoint, match=r"supertuning_values has \d+ numbers; sparsity says \d+"):
+        reading()
+
+
+def test_supertuning_of_equal_weights(written: Any, backbones: Mapping[str, Backbone]) -> None:
+    """The order of equal weights is the device's: said where they are few, refused where they are many."""
+    backbone = backbones["bert"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spoilt = written("bert", square("Supertuning", sparsity=0.1, save_precomputed_indices=False))
+
+    def few(name: str) -> torch.Tensor:
+        weight = backbone.weights(name).clone()
+        weight.view(-1)[weight.abs().argmax()] = -weight.abs().flatten().topk(2).values[1]
+        return weight
+
+    assert read(spoilt.folder, backbone.spec, backbone.weights).provenance.warnings == ()
+    told = read(spoilt.folder, backbone.spec, few).provenance.warnings
+    assert told and all("2 of the 230 weights" in warning for warning in told)
+    with pytest.raises(FailedPrecondition, match=r"'save_precomputed_indices' is False: 2\d\d of the 230") as raised:
+        read(spoilt.folder, backbone.spec, lambda name: (backbone.weights(name) * 100).round() / 100)
+    assert raised.value.metadata["key"] == "save_precomputed_indices"
+
+
+EMBEDDED = {
+    "HIRA": (lambda: tuner("Hira", r=2), "hira_embedding_A"),
+    "OFT": (lambda: tuner("OFT", oft_block_size=4, r=0), "oft_embedding_R.weight"),
+    "TINYLORA": (lambda: tuner("TinyLora", r=2, u=4), "tinylora_A"),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_embedding_is_checked_like_a_linear(kind: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
+    make, part = EMBEDDED[kind]
+    config, backbone = make(), backbones["bert"]
+    config.target_modules = {"query", "word_embeddings"}
+    spoilt = written("bert", config)
+    name = f"base_model.model.embeddings.word_embeddings.{part}"
+    assert "bert.embeddings.word_embeddings" in read(spoilt.folder, backbone.spec, backbone.weights).at
+    spoilt.tensors(lambda tensors: tensors.update({name: _longer(tensors[name])}))
+    with pytest.raises(BadCheckpoint, match=part):
+        read(spoilt.folder, backbone.spec, backbone.weights)
+    spoilt.tensors(lambda tensors: tensors.pop(name))
+    with pytest.raises(BadCheckpoint, match=part):
+        read(spoilt.folder, backbone.spec, backbone.weights)

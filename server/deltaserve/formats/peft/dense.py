@@ -3,13 +3,13 @@
 import torch
 
 from deltaserve.deltas.primitives import Dense, LowRank
-from deltaserve.deltas.sites import Weights
+from deltaserve.deltas.sites import SiteType, Weights
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
-from deltaserve.formats.peft.targets import Target, each
+from deltaserve.formats.peft.targets import WEIGHTS, Target, each
 
 _LYCORIS = TARGETED | {"r", "alpha", "rank_pattern", "alpha_pattern"}
 _LYCORIS_INERT = TRAINED | {"rank_dropout", "module_dropout", "use_effective_conv2d"}
@@ -89,15 +89,24 @@ def c3a(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 
 
 def hira(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
-    """ΔW = W ⊙ (B A), without a scale. HiRA (ICLR 2025)."""
+    """ΔW = W ⊙ (B A), without a scale. HiRA (ICLR 2025).
+
+    At an embedding the change is not multiplied by what the embedding multiplies its rows by (Gemma).
+    """
     rank, ranks = options.integer(checkpoint.config, "r", 32), options.ranks(checkpoint.config, "rank_pattern")
 
     def one(target: Target, weights: Weights) -> None:
         r = target.setting(ranks, "rank_pattern", rank)
-        a, b = target.number("hira_A", r, target.inputs), target.number("hira_B", target.outputs, r)
-        draft.put(target.name, Dense(weights(target.name) * (b @ a)))
+        weight, looked_up = weights(target.name), target.site.type is SiteType.EMBEDDING
+        word = "hira_embedding" if looked_up else "hira"
+        a, b = target.number(f"{word}_A", r, target.inputs), target.number(f"{word}_B", target.outputs, r)
+        change = weight * ((b @ a).T if looked_up else b @ a)
+        if looked_up:
+            draft.put(target.name, Dense(weight + change / target.site.factor, replace=True))
+        else:
+            draft.put(target.name, Dense(change))
 
-    each("hira", one)(checkpoint, draft, weights)
+    each("hira", one, types=WEIGHTS)(checkpoint, draft, weights)
 
 
 class _Scales:

@@ -1,9 +1,11 @@
 """modules_to_save: the task's head, and other modules that a checkpoint brings whole."""
 
+import torch
+
 from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer
 from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
-from deltaserve.formats.peft import options
+from deltaserve.formats.peft import options, ties
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 
@@ -101,11 +103,33 @@ def _modules(checkpoint: Checkpoint, draft: Draft) -> None:
     saved = options.listed(checkpoint.config, "modules_to_save")
     if not saved:
         return
+    tied = ties.saved(checkpoint)
     for name, site in checkpoint.backbone.sites.items():
+        if name in tied:
+            continue
         own = checkpoint.own(name)
         parts = [own.rsplit(".", cut)[0] for cut in range(own.count(".") + 1)]
         if any(part.endswith(saved) for part in parts) and checkpoint.below(name):
             _module(checkpoint, draft, name, site)
+    for name in tied:
+        _follow(checkpoint, draft, name)
+
+
+def _follow(checkpoint: Checkpoint, draft: Draft, name: str) -> None:
+    """A module that is tied to an embedding of the delta's own. Raises BadCheckpoint where its weight is another."""
+    source, site = checkpoint.backbone.input_embedding, checkpoint.backbone.sites[name]
+    held = next((part for part in draft.at.get(source, ()) if isinstance(part, Dense)), None)
+    if held is None or site.type is not SiteType.LINEAR:
+        raise BadCheckpoint(
+            f"config key 'ensure_weight_tying' is true, and {name!r} cannot have the saved weight of {source!r}",
+            metadata={"module": name},
+        )
+    if not torch.equal(checkpoint.take(f"{name}.weight", tuple(held.weight.shape)), held.weight):
+        raise BadCheckpoint(
+            f"config key 'ensure_weight_tying' is true, and the weight of {name!r} is not that of {source!r}",
+            metadata={"module": name},
+        )
+    draft.put(name, Dense(held.weight, site.bias, replace=True))
 
 
 def _module(checkpoint: Checkpoint, draft: Draft, name: str, site: Site) -> None:

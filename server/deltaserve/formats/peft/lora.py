@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Dense, LowRank
+from deltaserve.deltas.primitives import Affine, LowRank
 from deltaserve.deltas.sites import SiteType, Weights
-from deltaserve.formats.peft import invocation, options, starts, tokens
+from deltaserve.formats.peft import invocation, options, starts, ties, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.targets import LINEARS, Target, biases, parameters, targets
+from deltaserve.formats.peft.targets import WEIGHTS, Target, biases, own_weight, parameters, targets
 
 _LATER = "this release does not serve that"
 OPTIONS = options.Options(
@@ -18,7 +18,7 @@ OPTIONS = options.Options(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
         | {"rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "bias", "init_lora_weights"}
         | {"use_dora", "kasa_config", "trainable_token_indices", "use_bdlora", "target_parameters"}
-        | {"velora_config", "monteclora_config", invocation.KEY}
+        | {"velora_config", "monteclora_config", "ensure_weight_tying", invocation.KEY}
     ),
     inert=frozenset(
         {"lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"}
@@ -30,7 +30,6 @@ OPTIONS = options.Options(
         "loftq_config": "LoftQ needs data that is not in the checkpoint",
         "corda_config": "CorDA needs data that is not in the checkpoint",
         "lora_ga_config": "LoRA-GA needs data that is not in the checkpoint",
-        "ensure_weight_tying": f"it tunes tied embeddings together, and {_LATER}",
     },
 )
 
@@ -68,7 +67,7 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     # Where parameters are targeted, an empty list means no module; else PEFT saves it with the names it found.
     found = [] if bare and not config.get("target_modules") else _modules(checkpoint, draft, weights, sizes)
     for target in bare:
-        _parameter(target, sizes)
+        _parameter(target, sizes, weights)
     biases(checkpoint, draft, [*found, *bare], "lora")
     tokens.beside_lora(checkpoint, draft)
 
@@ -80,31 +79,39 @@ def _modules(checkpoint: Checkpoint, draft: Draft, weights: Weights, sizes: _Siz
     kasa, blocks = bool(config.get("kasa_config")), starts.Blocks(config.get("use_bdlora"))
     if kasa:
         subtract = starts.tail
-    found = list(targets(checkpoint, draft, (*LINEARS, SiteType.EMBEDDING)))
+    tie = ties.Tie(checkpoint)
+    found = tie.first(targets(checkpoint, draft, WEIGHTS, tie.names))
     for target in found:
         invocation.check(target)
         looked_up = target.site.type is SiteType.EMBEDDING
         r, scale = sizes.of(target, target.own)
+        r = tie.rank(target, r)
         if looked_up:
             a = target.take("lora_embedding_A", r, target.inputs)
             b = target.take("lora_embedding_B", target.outputs, r)
         else:
             a, b = _pair(target, r, blocks)
+        tie.check(target, a, b)
         if kasa:
             a = a.float() * target.number("lora_diag", r).unsqueeze(1)
+        # A weight that is saved is what the start left of it.
+        saved, own = target.has("base_layer.weight"), own_weight(target, weights)
+        if own is not None and draft.invocation:
+            what = f"{target.name}.base_layer.weight differs from the backbone's, and acts on every token"
+            raise options.not_served(invocation.KEY, list(draft.invocation), what)
+        if saved:
+            tie.bring(target, own)
         part = LowRank(a, b, scale)
-        if subtract is not None and not looked_up:  # PEFT starts so at linear layers alone
+        if subtract is not None and not looked_up and not saved:  # PEFT starts so at linear layers alone
             if subtract is starts.orthonormal and target.site.type is SiteType.CONV1D:
                 raise options.not_served("init_lora_weights", "olora", f"PEFT cannot start so at {target.own!r}")
-            down, up = subtract(weights(target.name), r, scale)
-            part = LowRank(torch.cat((a.float(), down)), torch.cat((scale * b.float(), -up), 1), 1.0)
+            part = _without(target, part, subtract, weights(target.name))
         draft.put(target.name, part)
         if magnitude:
-            _magnitude(target, part, weights(target.name))
+            own = ties.replaced(target)
+            _magnitude(target, part, weights(target.name) if own is None else own)
         if biased:
             draft.shift(target.name, scale * target.number("lora_B.bias", target.outputs))
-        if target.has("base_layer.weight"):
-            _base_weight(target, weights)
         _leave_out_training(target)
     if magnitude:
         draft.kind("dora")
@@ -120,20 +127,31 @@ def _pair(target: Target, r: int, blocks: starts.Blocks) -> tuple[torch.Tensor, 
     return a, starts.spread(target.take("lora_B.weight", target.outputs, r // up), up)
 
 
-def _parameter(target: Target, sizes: _Sizes) -> None:
-    """LoRA on the weight as it is stored, P += s B A: of a Conv1D, [in, out], A and B change places."""
+def _parameter(target: Target, sizes: _Sizes, weights: Weights) -> None:
+    """LoRA on the weight as it is stored, P += s B A: of a Conv1D or an embedding A and B change places."""
     for key in ("use_dora", "lora_bias", "kasa_config", "velora_config", "use_bdlora", "monteclora_config"):
         if target.checkpoint.config.get(key):
             raise options.wrong(key, "is set beside target_parameters; PEFT allows one of them")
-    start = target.checkpoint.config.get("init_lora_weights")
-    if starts.taken(start) is not None:
-        raise options.not_served("init_lora_weights", start, "beside target_parameters this release serves plain LoRA")
+    subtract = starts.taken(target.checkpoint.config.get("init_lora_weights"))
     r, scale = sizes.of(target, f"{target.own}.weight")
-    turned = target.site.type is SiteType.CONV1D
+    turned = target.site.type is not SiteType.LINEAR
     rows, columns = (target.inputs, target.outputs) if turned else (target.outputs, target.inputs)
-    a, b = target.take("lora_A.weight", r, columns), target.take("lora_B.weight", rows, r)
-    a, b = (b.T.contiguous(), a.T.contiguous()) if turned else (a, b)
-    target.draft.put(target.name, LowRank(a, b, scale))
+    part = LowRank(target.take("lora_A.weight", r, columns), target.take("lora_B.weight", rows, r), scale)
+    if subtract is not None:
+        weight = weights(target.name)
+        part = _without(target, part, subtract, weight.T if target.site.type is SiteType.CONV1D else weight)
+    if turned:
+        part = LowRank(part.b.T.contiguous(), part.a.T.contiguous(), part.scale)
+    target.draft.put(target.name, part)
+
+
+def _without(target: Target, part: LowRank, subtract: starts.Taken, weight: torch.Tensor) -> LowRank:
+    """The same change of a weight [rows, columns] out of which its start is taken first."""
+    down, up = subtract(weight, part.a.shape[0], part.scale)
+    if ties.group(target):  # PEFT takes it out in place, so that all that is tied changes
+        ties.replace(target, weight - up @ down)
+        return part
+    return LowRank(torch.cat((part.a.float(), down)), torch.cat((part.scale * part.b.float(), -up), 1), 1.0)
 
 
 _TRAINING = {"velora_config": "lora_velora_embed", "monteclora_config": "lora_monteclora_sampler"}
@@ -160,19 +178,3 @@ def _magnitude(target: Target, part: LowRank, weight: torch.Tensor) -> None:
     gain = target.number("lora_magnitude_vector", target.outputs) / norms
     bias = target.site.bias
     target.draft.put(target.name, Affine(scale=gain, shift=None if bias is None else (1 - gain) * bias))
-
-
-def _base_weight(target: Target, weights: Weights) -> None:
-    """PEFT saves a targeted lm_head whole. Where it is the backbone's, it is left out; else it is this delta's."""
-    ours = weights(target.name)
-    saved = target.take("base_layer.weight", *ours.shape)
-    if any(torch.equal(saved.to(kind).float(), ours) for kind in (torch.float32, torch.bfloat16, torch.float16)):
-        return
-    if target.draft.invocation:
-        what = f"{target.name}.base_layer.weight differs from the backbone's, and acts on every token"
-        raise options.not_served(invocation.KEY, list(target.draft.invocation), what)
-    target.draft.kind("selective-module")
-    target.draft.put(target.name, Dense(saved, target.site.bias, replace=True))
-    target.checkpoint.warn(
-        f"{target.name}.base_layer.weight differs from the backbone's: this delta has its own {saved.numel()}"
-    )

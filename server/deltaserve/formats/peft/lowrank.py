@@ -5,18 +5,24 @@ import torch
 from deltaserve.deltas.primitives import Dense, LowRank
 from deltaserve.deltas.sites import Weights
 from deltaserve.errors import BadCheckpoint
-from deltaserve.formats.peft import lora, options
+from deltaserve.formats.peft import lora, options, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each
 
 ADALORA_OPTIONS = options.Options(
-    used=TARGETED | {"init_r", "lora_alpha", "rank_pattern", "bias"},
+    used=TARGETED | {"init_r", "lora_alpha", "rank_pattern", "bias", "trainable_token_indices", "ensure_weight_tying"},
+    # LoRA's variants are fields of its config, and PEFT's AdaLoRA does nothing with them.
     inert=lora.OPTIONS.inert
+    | {"alpha_pattern", "lora_bias", "kasa_config", "velora_config", "monteclora_config", "use_bdlora"}
     | {"r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
     | {"init_lora_weights", "use_rslora"},
-    refused=lora.OPTIONS.refused,
+    refused={
+        **lora.OPTIONS.refused,
+        "use_dora": "PEFT's AdaLoRA does not do DoRA",
+        "target_parameters": "PEFT's AdaLoRA wraps modules alone",
+    },
 )
 DELORA_OPTIONS = options.Options(
     used=TARGETED | {"r", "rank_pattern", "bias"}, inert=TRAINED | {"delora_lambda", "lambda_pattern", "module_dropout"}
@@ -47,6 +53,7 @@ def adalora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         draft.put(target.name, LowRank(a, target.take("lora_B", target.outputs, rank), scale))
 
     each("adalora", one, "lora")(checkpoint, draft, weights)
+    tokens.beside_lora(checkpoint, draft)
 
 
 def delora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:

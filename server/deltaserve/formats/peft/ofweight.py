@@ -12,7 +12,7 @@ from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
-from deltaserve.formats.peft.targets import Target, each
+from deltaserve.formats.peft.targets import Target, each, other_biases
 
 DEFT_OPTIONS = options.Options(
     used=TARGETED | {"r", "decomposition_method", "alpha", "para", "bias"},
@@ -48,15 +48,26 @@ def deft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     each("deft", one, "deft")(checkpoint, draft, weights)
 
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "relu6": functional.relu6,
     "gelu": functional.gelu,
+    "gelu_10": lambda x: functional.gelu(x).clamp(-10, 10),
+    "gelu_accurate": partial(functional.gelu, approximate="tanh"),
+    "gelu_fast": partial(functional.gelu, approximate="tanh"),
     "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_python": functional.gelu,
+    "gelu_python_tanh": partial(functional.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "leaky_relu": functional.leaky_relu,
     "linear": torch.clone,
+    "hardswish": functional.hardswish,
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.5**0.5) / (0.282095 * 2**0.5))),
     "mish": functional.mish,
+    "prelu": partial(functional.leaky_relu, negative_slope=0.25),  # PEFT neither trains nor saves the slope
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: functional.relu(x).square(),
+    "sqrtsoftplus": lambda x: functional.softplus(x).sqrt(),
     "sigmoid": torch.sigmoid,
     "silu": functional.silu,
     "swish": functional.silu,
@@ -71,9 +82,10 @@ def peanut(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     rank, scaling = options.integer(config, "r", 32), options.number(config, "scaling", 1.0)
     depth = options.integer(config, "depth", most=64) if config.get("depth") else 0
     named = config.get("act_fn", "relu")
-    act = _ACTIVATIONS.get(named) if isinstance(named, str) else None
+    act = ACTIVATIONS.get(named) if isinstance(named, str) else None
     if act is None:
-        raise options.not_served("act_fn", named, f"this release serves {', '.join(_ACTIVATIONS)}")
+        known = ", ".join(ACTIVATIONS)
+        raise options.not_served("act_fn", named, f"it is none of transformers' functions without numbers: {known}")
 
     def one(target: Target, weights: Weights) -> None:
         h = act(weights(target.name).T @ target.number("peanut_A.weight", rank, target.outputs).T)
@@ -96,6 +108,8 @@ _LEAST_SCALE = 1e-3
 def glora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """ΔW = W ⊙ A + B and Δb = b ⊙ D + E + W C; without a bias C, D and E do nothing. arXiv 2306.07967.
 
+    Where the biases are trained too, b is the checkpoint's.
+
     A and B are products of rank r, or a number for each output, or one number: then an Affine does it.
     """
     config = checkpoint.config
@@ -103,9 +117,7 @@ def glora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     of_weight = options.choice(config, "config_A_B", ("lora", "vector", "constant", "none"))
     of_inputs = options.choice(config, "config_C", ("lora", "vector", "none"))
     of_bias = options.choice(config, "config_D_E", ("constant", "vector", "none"))
-    trained = config.get("bias", "none")
-    if trained != "none":
-        raise options.not_served("bias", trained, "GLoRA's D multiplies the backbone's bias, and this release its own")
+    trained = options.choice(config, "bias", ("none", "all", "glora_only"))
 
     def one(target: Target, weights: Weights) -> None:
         weight, bias = weights(target.name), target.site.bias
@@ -119,7 +131,8 @@ def glora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             c = _path(target, "glora_C", of_inputs, (target.inputs, 1), rank)
             width = 1 if of_bias == "constant" else target.outputs
             d, e = (_path(target, f"glora_{letter}", of_bias, (width,), rank) for letter in "DE")
-            more = bias * d + e + (weight @ c).squeeze(1)
+            own = bias if trained == "none" else target.number("base_layer.bias", target.outputs)
+            more = own - bias + own * d + e + (weight @ c).squeeze(1)
         scale = (1 + a).expand(target.outputs, 1).flatten() if of_weight in ("vector", "constant") else None
         if scale is None or float(scale.abs().min()) < _LEAST_SCALE:
             if bool(a.any()) or bool(b.any()):
@@ -132,6 +145,10 @@ def glora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             draft.shift(target.name, more)
 
     each("glora", one)(checkpoint, draft, weights)
+    if trained != "none":
+        draft.kind("bias")
+    if trained == "all":
+        other_biases(checkpoint, draft)
 
 
 def _path(target: Target, part: str, kind: str, shape: tuple[int, ...], rank: int) -> torch.Tensor:

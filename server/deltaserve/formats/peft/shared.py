@@ -22,7 +22,7 @@ VERA_OPTIONS = options.Options(
 )
 PVERA_OPTIONS = options.Options(
     used=TARGETED | {"r", "projection_prng_key", "save_projection", "bias", "sample_at_inference"},
-    inert=TRAINED | {"pvera_dropout", "d_initial"},
+    inert=TRAINED | {"pvera_dropout", "d_initial", "generator_seed"},
 )
 VBLORA_OPTIONS = options.Options(
     used=TARGETED | {"r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "bias"},

@@ -4,7 +4,7 @@ import torch
 
 from deltaserve.deltas.primitives import LowRank, Sparse
 from deltaserve.deltas.sites import Weights
-from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
@@ -13,8 +13,8 @@ from deltaserve.formats.peft.targets import Target, each
 
 SHIRA_OPTIONS = options.Options(used=TARGETED, inert=TRAINED | {"r", "mask_type", "random_seed"})
 SUPERTUNING_OPTIONS = options.Options(
-    used=TARGETED | {"r", "lora_alpha", "save_precomputed_indices", "bias"},
-    inert=TRAINED | {"sparsity", "select_top", "lora_dropout"},
+    used=TARGETED | {"r", "lora_alpha", "save_precomputed_indices", "sparsity", "select_top"},
+    inert=TRAINED | {"lora_dropout"},
 )
 
 
@@ -32,18 +32,29 @@ def shira(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 
 
 def supertuning(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
-    """W.flatten()[index] += values, and a LoRA beside it where there is one."""
+    """W.flatten()[index] += values, and a LoRA beside it where there is one. arXiv 2607.09287.
 
-    def one(target: Target, _: Weights) -> None:
-        if not target.has("supertuning_indices"):
-            raise FailedPrecondition(
-                f"{target.own!r} has no supertuning_indices: save the checkpoint with save_precomputed_indices",
-                reason="OPTION_NOT_SERVED",
-                metadata={"key": "save_precomputed_indices"},
-            )
+    A checkpoint without the places has the numbers in the order of PEFT's: W's largest first, or its smallest.
+    """
+    config = checkpoint.config
+    saved = options.flag(config, "save_precomputed_indices", True)
+    sparsity = options.number(config, "sparsity", 0.99)
+    largest = options.flag(config, "select_top", True)
+    if not 0 <= sparsity < 1:
+        raise options.wrong("sparsity", f"is {sparsity}; a number from 0, and below 1, is expected")
+
+    def one(target: Target, weights: Weights) -> None:
         count = _count(target, "supertuning_values")
         name, places = f"{target.name}.supertuning_indices", target.outputs * target.inputs
-        flat = target.checkpoint.integers(name, (count,), places)
+        if saved or target.has("supertuning_indices"):
+            flat = target.checkpoint.integers(name, (count,), places)
+        elif count != int(places * (1 - sparsity)):
+            expected = int(places * (1 - sparsity))
+            raise BadCheckpoint(
+                f"tensor {target.name}.supertuning_values has {count} numbers; sparsity says {expected}"
+            )
+        else:
+            flat = _ranked(target, weights(target.name), count, largest)
         index = torch.stack((flat // target.inputs, flat % target.inputs)).int()
         draft.put(target.name, Sparse(index, target.take("supertuning_values", count)))
         if target.has("supertuning_lora_A.weight"):
@@ -53,6 +64,34 @@ def supertuning(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             draft.put(target.name, LowRank(a, target.take("supertuning_lora_B.weight", target.outputs, rank), scale))
 
     each("supertuning", one)(checkpoint, draft, weights)
+
+
+_MOST_EQUAL = 0.01
+"""Of the places: how many may be in an order that the weights do not tell."""
+
+
+def _ranked(target: Target, weight: torch.Tensor, count: int, largest: bool) -> torch.Tensor:
+    """The places of the `count` largest (or smallest) |W|, in order, as PEFT finds them on a CPU.
+
+    Among equal numbers the order is that of the device. Raises FailedPrecondition where many are equal.
+    """
+    scores = weight.abs().flatten()
+    found, _ = scores.topk(min(count + 1, scores.shape[0]), largest=largest)
+    same = found[1:] == found[:-1]
+    equal = int((torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1)))[:count].sum())
+    if equal > _MOST_EQUAL * count:
+        raise options.not_served(
+            "save_precomputed_indices",
+            False,
+            f"{equal} of the {count} weights that {target.own!r} changes are equal to another, and PEFT's order of "
+            "equal ones differs between devices; save the checkpoint with the indices",
+        )
+    if equal:
+        target.checkpoint.warn(
+            f"{equal} of the {count} weights that {target.own!r} changes are equal to another: their order is that of "
+            "PEFT on a CPU"
+        )
+    return scores.topk(count, largest=largest).indices
 
 
 def _count(target: Target, part: str) -> int:

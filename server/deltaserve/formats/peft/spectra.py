@@ -10,6 +10,7 @@ from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each
+from deltaserve.formats.peft.wavelets import FILTERS
 
 _PLACED = TARGETED | {"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "bias"}
 FOURIERFT_OPTIONS = options.Options(used=_PLACED, inert=TRAINED)
@@ -33,20 +34,21 @@ def fourierft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 
 
 def waveft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
-    """ΔW = scaling · D by the inverse of a 2-D wavelet transform (Haar's), or D itself. arXiv 2505.12532.
+    """ΔW = scaling · D by the inverse of a 2-D wavelet transform, or D itself. arXiv 2505.12532.
 
-    Each number of D spreads over 2 × 2 places, so that ΔW is mostly zero where D has few.
+    Each number of D spreads over n × n places with a wavelet of n taps (Haar's has 2): few leave ΔW mostly zero.
     """
     config = checkpoint.config
     spread = _Spread(checkpoint, "waveft_spectrum", 2592)
     scaling, transformed = options.number(config, "scaling", 25), options.flag(config, "use_idwt", True)
-    family = config.get("wavelet_family", "db1")
-    if transformed and family != "db1":
-        raise options.not_served("wavelet_family", family, "this release serves db1, Haar's wavelet")
+    family = str(config.get("wavelet_family", "db1"))
+    if transformed and family not in FILTERS:
+        raise options.not_served("wavelet_family", family, f"PEFT itself reconstructs {', '.join(FILTERS)} alone")
+    low = torch.tensor(FILTERS[family]) if transformed else None
 
     def one(target: Target, _: Weights) -> None:
         found = spread.of(target)
-        change = scaling * (_haar(found) if transformed else found)
+        change = scaling * (found if low is None else _wave(found, low))
         index = change.nonzero(as_tuple=True)
         if 3 * index[0].numel() < change.numel():
             places = torch.stack(index)
@@ -57,19 +59,21 @@ def waveft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     each("waveft", one, "waveft")(checkpoint, draft, weights)
 
 
-def _haar(coefficients: torch.Tensor) -> torch.Tensor:
-    """One level of Haar's transform, inverted: quarters [[mean, by rows], [by columns, both]] to 2 × 2 places each.
+def _wave(numbers: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """One level of a 2-D wavelet transform, inverted: quarters [[mean, by rows], [by columns, both]] to all places.
 
-    Odd sizes are made even with zeros first, and cut afterwards, as PEFT does.
+    numbers [out, in], low [n] the low-pass filter. As PEFT does, they stand in the middle of a matrix of even sizes
+    that is larger by n − 2, and the result is the middle of what comes out.
     """
-    rows, columns = coefficients.shape
-    padded = torch.nn.functional.pad(coefficients, (0, columns % 2, 0, rows % 2))
-    (mean, down), (across, both) = ((part.chunk(2, 1)) for part in padded.chunk(2, 0))
-    made = torch.empty_like(padded)
-    for i, row in enumerate((1, -1)):
-        for j, column in enumerate((1, -1)):
-            made[i::2, j::2] = (mean + row * down + column * across + row * column * both) / 2
-    return made[:rows, :columns]
+    out, into = numbers.shape
+    taps = low.shape[0]
+    high = low.flip(0) * torch.tensor([1.0, -1.0]).repeat(taps // 2)
+    more = [(taps - 2 + size % 2) for size in (into, out)]
+    padded = torch.nn.functional.pad(numbers, [side for m in more for side in (m // 2, m - m // 2)])
+    quarters = torch.stack([part for half in padded.chunk(2, 0) for part in half.chunk(2, 1)]).unsqueeze(0)
+    filters = torch.stack([torch.outer(row, column) for column in (low, high) for row in (low, high)]).unsqueeze(1)
+    made = torch.nn.functional.conv_transpose2d(quarters, filters, stride=2)[0, 0]
+    return made[taps - 2 :, taps - 2 :][:out, :into].contiguous()
 
 
 class _Spread:

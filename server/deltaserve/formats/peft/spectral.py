@@ -15,9 +15,10 @@ from deltaserve.formats.peft.turns import cayley, neumann, skew
 PSOFT_OPTIONS = options.Options(
     used=TARGETED
     | {"r", "ab_svd_init", "psoft_svd", "psoft_orth", "psoft_mag_a", "psoft_mag_b"}
-    | {"use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps"},
+    | {"use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps"}
+    | {"psoft_svd_lowrank_niter", "random_seed"},
     # alpha / r divides the singular values and multiplies their product.
-    inert=TRAINED | {"psoft_alpha", "psoft_dropout", "psoft_svd_lowrank_niter", "random_seed"},
+    inert=TRAINED | {"psoft_alpha", "psoft_dropout"},
 )
 OSF_OPTIONS = options.Options(
     used=frozenset({"target_modules"}),
@@ -34,21 +35,42 @@ def psoft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     config = checkpoint.config
     rank = options.integer(config, "r", 32)
     halves = options.choice(config, "ab_svd_init", ("psoft_init", "pissa_init")) == "pissa_init"
-    if options.choice(config, "psoft_svd", ("full", "lowrank")) == "lowrank":
-        raise options.not_served("psoft_svd", "lowrank", "its singular vectors are found by chance; save it with full")
+    found_by_chance = options.choice(config, "psoft_svd", ("full", "lowrank")) == "lowrank"
+    rounds, seed = (
+        options.integer(config, "psoft_svd_lowrank_niter", 10, most=100),
+        options.seed(config, "random_seed", 0),
+    )
     turning = _Turning(checkpoint, rank)
 
     def one(target: Target, weights: Weights) -> None:
         if rank > min(target.inputs, target.outputs):
             raise BadCheckpoint(f"config key 'r' is {rank}, more than {target.own!r} has singular values")
         change = turning.of(target) - torch.eye(rank)
-        u, s, v = torch.linalg.svd(weights(target.name), full_matrices=False)
+        weight = weights(target.name)
+        if found_by_chance:
+            u, s, v = _near(weight, rank, rounds, torch.Generator().manual_seed(seed))
+        else:
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
         before, after = (s[:rank].sqrt(),) * 2 if halves else (s[:rank], torch.ones(rank))
         # What is frozen follows from the backbone: it is the same for all deltas of one rank.
         a, b = draft.base(after.unsqueeze(1) * v[:rank]), draft.base(u[:, :rank] * before)
         draft.put(target.name, LowRank(a, b, 1.0, change))
 
     each("psoft", one)(checkpoint, draft, weights)
+
+
+def _near(
+    weight: torch.Tensor, rank: int, rounds: int, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U [out, r], S [r], V [r, in] as torch.svd_lowrank finds them, from a generator of our own. arXiv 0909.4061."""
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    basis = torch.linalg.qr(tall @ torch.randn(tall.shape[1], rank, generator=random)).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(tall.T @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    u, s, v = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    u = basis @ u
+    return (u, s, v) if tall is weight else (v.T, s, u.T)
 
 
 class _Turning:
@@ -87,6 +109,8 @@ def osf(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """The smallest singular values and their vectors are the delta's own: ΔW = U S V − U₀ S₀ V₀. arXiv 2504.07097."""
 
     def one(target: Target, weights: Weights) -> None:
+        if not target.has("osf_svd_params.S_low"):
+            target.take("osf_svd_params.S_low", min(target.inputs, target.outputs))
         found = target.shape("osf_svd_params.S_low")
         most = min(target.inputs, target.outputs)
         if len(found) != 1 or found[0] > most:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deltaserve.deltas.sites import Site, SiteType, Weights
-from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import SHOWN, Checkpoint
 from deltaserve.formats.peft.draft import Draft
@@ -59,6 +59,7 @@ Each = Callable[[Target, Weights], None]
 
 
 LINEARS = (SiteType.LINEAR, SiteType.CONV1D)
+WEIGHTS = (*LINEARS, SiteType.EMBEDDING)
 
 
 def each(kind: str, lower: Each, word: str = "", types: tuple[SiteType, ...] = LINEARS) -> Lower:
@@ -72,25 +73,51 @@ def each(kind: str, lower: Each, word: str = "", types: tuple[SiteType, ...] = L
         found = list(targets(checkpoint, draft, types))
         for target in found:
             lower(target, weights)
+            _same_weight(target, weights)
         biases(checkpoint, draft, found, word)
 
     return whole
 
 
-def targets(checkpoint: Checkpoint, draft: Draft, types: tuple[SiteType, ...] = LINEARS) -> Iterator[Target]:
-    """In the model's order. Raises BadCheckpoint where nothing is targeted, or what is not of `types`."""
+def targets(
+    checkpoint: Checkpoint, draft: Draft, types: tuple[SiteType, ...] = LINEARS, also: tuple[str, ...] = ()
+) -> Iterator[Target]:
+    """In the model's order, those that the config does not name last; `also` has canonical names.
+
+    Raises BadCheckpoint where nothing is targeted, or what is not of `types`.
+    """
     patterns = Patterns()
     matched = targeted(checkpoint.config, checkpoint.modules, patterns)
     for entry in matched.idle[:SHOWN]:
         checkpoint.warn(f"target_modules entry {options.shown(entry)} matches no module here")
-    for own in matched.modules:
+    unnamed = tuple(own for own in map(checkpoint.own, also) if own not in matched.modules)
+    for own in (*matched.modules, *unnamed):
         module = checkpoint.name(own)
         if not checkpoint.may_lack(module):
             yield Target(checkpoint, draft, patterns, own, module, _site(checkpoint, module, types))
 
 
+def own_weight(target: Target, weights: Weights) -> torch.Tensor | None:
+    """The weight that PEFT saves with a targeted lm_head or embed_tokens; None where it is none, or the backbone's."""
+    if not target.has("base_layer.weight"):
+        return None
+    ours = weights(target.name)
+    saved = target.take("base_layer.weight", *ours.shape)
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return None if any(torch.equal(saved.to(kind).float(), ours) for kind in kinds) else saved
+
+
+def _same_weight(target: Target, weights: Weights) -> None:
+    if own_weight(target, weights) is not None:
+        raise BadCheckpoint(
+            f"tensor {target.name}.base_layer.weight is not this backbone's weight there, which the delta changes: "
+            "was it made for another one?",
+            metadata={"tensor": f"{target.name}.base_layer.weight"},
+        )
+
+
 def parameters(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
-    """The linear layers whose weight `target_parameters` names, in the model's order."""
+    """The linear layers and embeddings whose weight `target_parameters` names, in the model's order."""
     wanted = options.listed(checkpoint.config, "target_parameters")
     met: set[str] = set()
     patterns = Patterns()
@@ -100,13 +127,16 @@ def parameters(checkpoint: Checkpoint, draft: Draft) -> Iterator[Target]:
         module = checkpoint.name(own)
         if entries and not checkpoint.may_lack(module):
             yield Target(
-                checkpoint, draft, patterns, own, module, _site(checkpoint, module, LINEARS, "target_parameters")
+                checkpoint, draft, patterns, own, module, _site(checkpoint, module, WEIGHTS, "target_parameters")
             )
         met.update(entries)
     strays = sorted(set(wanted) - met)
     if strays:
         raise options.not_served(
-            "target_parameters", strays[0], "this release serves the weights of linear layers so, and this is none here"
+            "target_parameters",
+            strays[0],
+            "no linear layer or embedding here has a weight of this name; parameters of three dimensions are those of "
+            "mixtures of experts, and no such family is served",
         )
 
 
@@ -121,9 +151,14 @@ def biases(checkpoint: Checkpoint, draft: Draft, found: list[Target], word: str)
         if target.site.bias is not None:
             _bias(checkpoint, draft, target.name, f"{target.name}.base_layer.bias")
     if which == "all":
-        for name in checkpoint.backbone.sites:
-            if checkpoint.has(f"{name}.bias"):
-                _bias(checkpoint, draft, name, f"{name}.bias")
+        other_biases(checkpoint, draft)
+
+
+def other_biases(checkpoint: Checkpoint, draft: Draft) -> None:
+    """Those of modules that are not targeted, which `bias: all` trains too."""
+    for name in checkpoint.backbone.sites:
+        if checkpoint.has(f"{name}.bias"):
+            _bias(checkpoint, draft, name, f"{name}.bias")
 
 
 def _bias(checkpoint: Checkpoint, draft: Draft, module: str, name: str) -> None:
@@ -141,12 +176,6 @@ def _site(checkpoint: Checkpoint, module: str, types: tuple[SiteType, ...], key:
     if site is not None and site.type in types:
         return site
     expected = " or ".join(sorted({kind.value for kind in types}))
-    if site is not None and site.type is SiteType.EMBEDDING:
-        raise FailedPrecondition(
-            f"config key {key!r} means the embedding {module!r}; this release serves this type at {expected}",
-            reason="OPTION_NOT_SERVED",
-            metadata={"key": key, "module": module},
-        )
     what = "no layer with weights" if site is None else f"of type {site.type}"
     raise BadCheckpoint(
         f"config key {key!r} means {module!r}, which is {what} here; expected is {expected}",

@@ -30,30 +30,45 @@ def lower(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 
 
 def beside_lora(checkpoint: Checkpoint, draft: Draft) -> None:
-    """LoRA's trainable_token_indices: a list, for the input embedding, or lists by module; what is tied follows."""
+    """LoRA's trainable_token_indices: a list, for the input embedding, or lists by module; what is tied follows.
+
+    A module is an embedding, or the vocabulary's linear.
+    """
     told = checkpoint.config.get("trainable_token_indices")
     if not told:
         return
     draft.kind(KIND)
     backbone = checkpoint.backbone
     tables: Mapping[str, Any] = told if isinstance(told, dict) else {backbone.input_embedding.rpartition(".")[2]: told}
+    named = {key: _named(checkpoint, key) for key in tables}
+    alike = (backbone.input_embedding, *backbone.tied)
+    # Two lists for what is tied: where they are one, PEFT keeps the embedding's rows alone; else each has its own.
+    told_of_tied = [tables[key] for key, names in named.items() if any(name in alike for name in names)]
+    together = all(numbers == told_of_tied[0] for numbers in told_of_tied)
+    led = any(backbone.input_embedding in names for names in named.values())
     for key, numbers in tables.items():
         ids = _ids(checkpoint, numbers, f"trainable_token_indices[{key!r}]")
-        found = [
-            name
-            for name, site in backbone.sites.items()
-            if site.type is SiteType.EMBEDDING
-            and (checkpoint.own(name) == key or name.endswith(f".{key}"))
-            and checkpoint.has(f"{name}.token_adapter.trainable_tokens_delta")
-        ]
+        found = [name for name in named[key] if checkpoint.has(f"{name}.token_adapter.trainable_tokens_delta")]
+        if not found and together and led and named[key] and all(name in backbone.tied for name in named[key]):
+            continue
         if not found:
             raise BadCheckpoint(
                 f"config key 'trainable_token_indices' names {key!r}; the checkpoint has no rows for it"
             )
         for name in found:
             rows = _rows(checkpoint, name, "token_adapter.trainable_tokens_delta", ids)
-            for site in (name, *(backbone.tied if name == backbone.input_embedding else ())):
+            follows = backbone.tied if together and name == backbone.input_embedding else ()
+            for site in (name, *follows):
                 draft.put(site, rows)
+
+
+def _named(checkpoint: Checkpoint, key: str) -> list[str]:
+    return [
+        name
+        for name, site in checkpoint.backbone.sites.items()
+        if site.type in (SiteType.EMBEDDING, SiteType.LINEAR)
+        and (checkpoint.own(name) == key or name.endswith(f".{key}"))
+    ]
 
 
 def _ids(checkpoint: Checkpoint, told: Any, key: str) -> list[int]:

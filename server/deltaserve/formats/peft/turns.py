@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from deltaserve.deltas.primitives import Affine, Block
-from deltaserve.deltas.sites import Weights
+from deltaserve.deltas.sites import SiteType, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
-from deltaserve.formats.peft.targets import Target, each
+from deltaserve.formats.peft.targets import WEIGHTS, Target, each
 
 OFT_OPTIONS = options.Options(
     used=TARGETED
@@ -27,7 +27,10 @@ ROAD_OPTIONS = options.Options(used=TARGETED | {"variant", "group_size"}, inert=
 
 
 def oft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
-    """y = (x R) Wᵀ + b, R of blocks by Cayley's transform of a skew matrix Q, or a series for it. arXiv 2306.07280."""
+    """y = (x R) Wᵀ + b, R of blocks by Cayley's transform of a skew matrix Q, or a series for it. arXiv 2306.07280.
+
+    At an embedding the rows that are looked up turn: E[x] R.
+    """
     config = checkpoint.config
     series = options.flag(config, "use_cayley_neumann", True)
     terms = options.integer(config, "num_cayley_neumann_terms", 5, most=64)
@@ -35,20 +38,22 @@ def oft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     shared = options.flag(config, "block_share")
 
     def one(target: Target, _: Weights) -> None:
-        found = target.shape("oft_R.weight")
+        looked_up = target.site.type is SiteType.EMBEDDING
+        part, turned = ("oft_embedding_R.weight", target.outputs) if looked_up else ("oft_R.weight", target.inputs)
+        found = target.shape(part)
         numbers = found[1] if len(found) == 2 else 0
         width = round((1 + (1 + 8 * numbers) ** 0.5) / 2)
-        count = 1 if shared else target.inputs // max(width, 1)
-        if target.inputs % max(width, 1) or width * (width - 1) // 2 != numbers:
-            raise BadCheckpoint(f"tensor {target.name}.oft_R.weight has shape {list(found)}, which makes no blocks")
-        turn = skew(target.number("oft_R.weight", count, numbers), width)
+        count = 1 if shared else turned // max(width, 1)
+        if turned % max(width, 1) or width * (width - 1) // 2 != numbers:
+            raise BadCheckpoint(f"tensor {target.name}.{part} has shape {list(found)}, which makes no blocks")
+        turn = skew(target.number(part, count, numbers), width)
         if constrained:
             norms = turn.flatten(1).norm(dim=1)
             turn = turn * (eps * count**-0.5 / norms).clamp_max(1.0).view(-1, 1, 1)
         blocks = neumann(turn, terms) if series else cayley(turn)
-        draft.put(target.name, Block(blocks.expand(target.inputs // width, width, width).contiguous()))
+        draft.put(target.name, Block(blocks.expand(turned // width, width, width).contiguous(), outputs=looked_up))
 
-    each("oft", one, "oft")(checkpoint, draft, weights)
+    each("oft", one, "oft", WEIGHTS)(checkpoint, draft, weights)
 
 
 def skew(upper: torch.Tensor, width: int) -> torch.Tensor:
@@ -93,7 +98,8 @@ def boft(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             raise BadCheckpoint(f"tensor {target.name}.boft_R has shape {list(found)}, which makes no blocks here")
         if found[0] != 1:
             raise FailedPrecondition(
-                f"{target.own!r} has {found[0]} butterfly factors; this release serves one, as PEFT makes on CPUs",
+                f"{target.own!r} has {found[0]} butterfly factors: PEFT makes and reads more than one only with a CUDA "
+                "extension that it compiles, and without it there is nothing to compare an answer with",
                 reason="OPTION_NOT_SERVED",
                 metadata={"key": "boft_n_butterfly_factor"},
             )

@@ -4,14 +4,14 @@ import numpy
 import torch
 
 from deltaserve.deltas.primitives import LowRank
-from deltaserve.deltas.sites import Weights
+from deltaserve.deltas.sites import SiteType, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.matching import Patterns, targeted
 from deltaserve.formats.peft.options import TARGETED, TRAINED
-from deltaserve.formats.peft.targets import Target, each, targets
+from deltaserve.formats.peft.targets import WEIGHTS, Target, each, targets
 
 UNILORA_OPTIONS = options.Options(
     used=TARGETED | {"r", "proj_seed", "theta_d_length", "save_indices", "bias"},
@@ -95,7 +95,7 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     rank, length = options.integer(config, "r", 2), options.integer(config, "u", 64)
     tying, seed = options.number(config, "weight_tying", 0.0), options.seed(config, "projection_seed", 42)
     saved = options.flag(config, "save_projection", True)
-    order = {target.name: k for k, target in enumerate(targets(checkpoint, draft))}
+    order = {target.name: k for k, target in enumerate(targets(checkpoint, draft, WEIGHTS))}
     groups = max(1, round(len(order) * (1 - tying)))
     size = max(1, len(order) // groups)
     vectors: dict[int, torch.Tensor] = {}
@@ -106,7 +106,9 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         if group not in vectors:
             vectors[group] = checkpoint.take(f"tinylora_v.{group}", (length,)).float()
         r = min(rank, target.inputs, target.outputs)
-        a, b = target.take("tinylora_A", r, target.inputs), target.take("tinylora_B", target.outputs, r)
+        looked_up = target.site.type is SiteType.EMBEDDING  # W is stored [vocabulary, width], and so are A and B
+        rows, columns = (target.inputs, target.outputs) if looked_up else (target.outputs, target.inputs)
+        a, b = target.take("tinylora_A", r, columns), target.take("tinylora_B", rows, r)
         if saved and target.has("tinylora_P"):
             drawn = target.number("tinylora_P", length, r, r)
         elif length * r * r > _LONGEST:
@@ -115,10 +117,14 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             random = torch.Generator().manual_seed(seed + k)
             drawn = torch.normal(0.0, r**-0.5, (length, r, r), generator=random)
         middle = torch.einsum("u,uij->ij", vectors[group], drawn)
-        # What is frozen follows from the backbone: it is the same for all deltas of one rank.
-        draft.put(target.name, LowRank(draft.base(a), draft.base(b), 1.0, middle))
+        if looked_up:  # PEFT adds to what the embedding has multiplied by its factor (Gemma)
+            down, up = (b.float() @ middle).T.contiguous(), a.float().T.contiguous()
+            draft.put(target.name, LowRank(down, up, 1 / target.site.factor))
+        else:
+            # What is frozen follows from the backbone: it is the same for all deltas of one rank.
+            draft.put(target.name, LowRank(draft.base(a), draft.base(b), 1.0, middle))
 
-    each("tinylora", one, "tinylora")(checkpoint, draft, weights)
+    each("tinylora", one, "tinylora", WEIGHTS)(checkpoint, draft, weights)
 
 
 def poly(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
