@@ -1,7 +1,9 @@
 """What is wrong with a checkpoint is said by name, and nothing is loaded in part."""
 
 import json
+import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -174,70 +176,6 @@ def test_embedding_target_is_refused(written: Any, reading: Any) -> None:
         reading("gpt2", spoilt)
 
 
-HEAD = r"(.*\.)?lm_head|.*c_attn"
-
-
-def tied(**told: Any) -> Any:
-    return lora(ensure_weight_tying=True, **told)
-
-
-def test_lora_of_what_is_tied_is_the_embeddings(written: Any, reading: Any) -> None:
-    spoilt = written("gpt2", tied(target_modules=HEAD))
-    assert {"lm_head", "transformer.wte"} <= set(reading("gpt2", spoilt).at)
-    name = "base_model.model.lm_head.lora_A.weight"
-    spoilt.tensors(lambda tensors: tensors[name].add_(1))
-    with pytest.raises(BadCheckpoint, match=r"the LoRA of 'lm_head' is not that of 'transformer\.wte'"):
-        reading("gpt2", spoilt)
-    spoilt.tensors(lambda tensors: tensors.pop(name))
-    with pytest.raises(BadCheckpoint, match=r"lm_head\.lora_A\.weight' is missing"):
-        reading("gpt2", spoilt)
-
-
-def test_tie_that_peft_forgets(written: Any, reading: Any) -> None:
-    """PEFT rewrites a list of targets to the embedding's name, and by `wte` it does not know the tie again."""
-    spoilt = written("gpt2", tied(target_modules=["c_attn", "lm_head"]))
-    with pytest.raises(
-        FailedPrecondition, match=r"'ensure_weight_tying' is True: PEFT itself loses .*'lm_head'"
-    ) as told:
-        reading("gpt2", spoilt)
-    assert told.value.metadata["key"] == "ensure_weight_tying"
-
-
-def test_saved_weight_of_what_is_tied_is_the_embeddings(written: Any, reading: Any) -> None:
-    spoilt = written("gpt2", tied(modules_to_save=["lm_head"]))
-    found = reading("gpt2", spoilt).at
-    assert found["lm_head"][0].weight is found["transformer.wte"][0].weight
-    spoilt.tensors(lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
-    with pytest.raises(BadCheckpoint, match=r"the weight of 'lm_head' is not that of 'transformer\.wte'"):
-        reading("gpt2", spoilt)
-
-
-def test_weight_below_a_tied_lora_is_one(written: Any, reading: Any) -> None:
-    """A weight of the delta's own below lm_head is what the embedding looks up too."""
-    spoilt = written("gpt2", lora(target_modules=["c_attn", "lm_head"]))
-    name = "base_model.model.lm_head.base_layer.weight"
-    spoilt.tensors(lambda tensors: tensors[name].add_(1))
-    found = reading("gpt2", spoilt)
-    assert found.at["transformer.wte"][0].weight is found.at["lm_head"][0].weight
-    assert any("lm_head.base_layer.weight differs" in warning for warning in found.provenance.warnings)
-    spoilt = written("gpt2", tied(target_modules=HEAD))
-    spoilt.tensors(lambda tensors: tensors[name].add_(1))
-    with pytest.raises(BadCheckpoint, match="'lm_head' brings another weight than what is tied to it"):
-        reading("gpt2", spoilt)
-
-
-def test_rows_for_the_vocabulary_linear(written: Any, reading: Any) -> None:
-    """One list for both leaves the embedding's rows alone in the file; two lists are two sets of rows."""
-    spoilt = written("gpt2", lora(trainable_token_indices={"wte": [3, 4], "lm_head": [3, 4]}))
-    assert {"lm_head", "transformer.wte"} <= set(reading("gpt2", spoilt).at)
-    spoilt.config(trainable_token_indices={"wte": [3, 4], "lm_head": [4, 3]})
-    with pytest.raises(BadCheckpoint, match="names 'lm_head'; the checkpoint has no rows for it"):
-        reading("gpt2", spoilt)
-    spoilt.config(trainable_token_indices={"lm_head": [3, 4]})
-    with pytest.raises(BadCheckpoint, match="names 'lm_head'; the checkpoint has no rows for it"):
-        reading("gpt2", spoilt)
-
-
 @pytest.mark.parametrize("make", [peft.PrefixTuningConfig, peft.CartridgeConfig])
 def test_prefix_where_the_backbone_has_no_way_in(make: Any, written: Any, reading: Any) -> None:
     spoilt = written("modernbert", make(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"), auto="AutoModel")
@@ -328,6 +266,44 @@ def test_pickle_with_more_than_weights(held: Any, written: Any, reading: Any) ->
     torch.save(held, spoilt.folder / "adapter_model.bin")
     with pytest.raises(BadCheckpoint):
         reading("gpt2", spoilt, allow_pickle=True)
+
+
+def test_files_hosts_and_code_are_not_followed(tmp_path: Path, written: Any, reading: Any) -> None:
+    """Keys by which a config names them change nothing, and none is opened, called or imported."""
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        host.setblocking(False)
+        address = f"http://127.0.0.1:{host.getsockname()[1]}/x"
+        trap = tmp_path / "adapter_trap.py"
+        trap.write_text("raise SystemExit('imported')")
+        spoilt = written("gpt2", lora())
+        plain = reading("gpt2", spoilt)
+        for named in (address, str(trap), "adapter_trap"):
+            spoilt.config(
+                base_model_name_or_path=named, revision=named, peft_version=named, megatron_core=named,
+                megatron_config={"x": named}, auto_mapping={"base_model_class": named, "parent_library": named},
+            )  # fmt: skip
+            found = reading("gpt2", spoilt)
+            assert all(torch.equal(a, b) for a, b in zip(found.tensors(), plain.tensors(), strict=True))
+        prompt = written(
+            "gpt2", peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_ranks=2)
+        )
+        prompt.config(
+            prompt_tuning_init="ONLY_SOURCE_SHARED", prompt_tuning_init_state_dict_path=str(tmp_path / "nowhere"),
+            tokenizer_name_or_path=address, prompt_tuning_init_text=address,
+        )  # fmt: skip
+        assert reading("gpt2", prompt).prompt_length == 3
+        with pytest.raises(BlockingIOError):
+            host.accept()
+
+
+@pytest.mark.parametrize("named", ["/etc/passwd", "http://127.0.0.1:9/x", "os.system", "../../x"])
+@pytest.mark.parametrize("key", ["target_modules", "init_lora_weights", "bias", "peft_type", "task_type"])
+def test_names_of_what_is_no_module_here(key: str, named: str, written: Any, reading: Any) -> None:
+    spoilt = written("gpt2", lora())
+    spoilt.config(**{key: named})
+    with pytest.raises((BadCheckpoint, FailedPrecondition), match=re.escape(key)) as raised:
+        reading("gpt2", spoilt)
+    assert named in raised.value.message
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "nope", "[" * 100_000, '{"peft_type": 1', "\x00"])

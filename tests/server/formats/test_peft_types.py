@@ -317,6 +317,7 @@ MORE: Mapping[str, Callable[[], Any]] = {
     "OFT two": lambda: square("OFT", oft_block_size=4, r=0, num_cayley_neumann_terms=2),
 }
 MORE |= {f"PEANUT {act}": lambda act=act: tuner("Peanut", r=2, act_fn=act) for act in ofweight.ACTIVATIONS}
+MORE |= {f"WAVEFT {name}": lambda name=name: tuner("WaveFT", n_frequency=20, wavelet_family=name) for name in FILTERS}
 ELSEWHERE = {"LN_TUNING", "CPT", "CARTRIDGE", "TRAINABLE_TOKENS", "MULTITASK_PROMPT_TUNING"}
 ELSEWHERE |= {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 """Not at linear layers."""
@@ -374,74 +375,3 @@ def compare(kind: str, spoilt: Any, backbone: Backbone, auto: str, prefix: str) 
         ours = applied(primitives, x, backbone.weights(name), site.bias)
         assert error_ratio(ours, theirs) <= 1e-5, name
     return delta
-
-
-@pytest.mark.parametrize("name", FILTERS)
-def test_wavelet_computes_what_pefts_does(name: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
-    spoilt = written("bert", tuner("WaveFT", n_frequency=20, wavelet_family=name))
-    compare("WAVEFT", spoilt, backbones["bert"], "AutoModel", "bert.")
-
-
-@pytest.mark.parametrize("name", [name for name in FILTERS if name != "coif4"])
-def test_wavelet_keeps_lengths(name: str) -> None:
-    """Σ h = √2, and h is orthogonal to itself moved by two; PEFT's coif4 is not, and is what PEFT computes with."""
-    low = torch.tensor(FILTERS[name], dtype=torch.float64)
-    assert float(low.sum()) == pytest.approx(2**0.5, abs=1e-10)
-    for moved in range(0, low.shape[0], 2):
-        product = float((low[moved:] * low[: low.shape[0] - moved]).sum())
-        assert product == pytest.approx(float(moved == 0), abs=1e-10)
-
-
-def test_supertuning_without_places_has_as_many_numbers_as_its_sparsity_says(made: Any) -> None:
-    spoilt, reading = made("SUPERTUNING")
-    spoilt.tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("indices")])
-    with pytest.raises(BadCheckpoint, match="supertuning_indices' is missing"):
-        reading()
-    spoilt.config(save_precomputed_indices=False)
-    assert reading().kinds == ("supertuning",)
-    spoilt.config(sparsity=0.2)
-    with pytest.raises(BadCheckpoint, match=r"supertuning_values has \d+ numbers; sparsity says \d+"):
-        reading()
-
-
-def test_supertuning_of_equal_weights(written: Any, backbones: Mapping[str, Backbone]) -> None:
-    """The order of equal weights is the device's: said where they are few, refused where they are many."""
-    backbone = backbones["bert"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spoilt = written("bert", square("Supertuning", sparsity=0.1, save_precomputed_indices=False))
-
-    def few(name: str) -> torch.Tensor:
-        weight = backbone.weights(name).clone()
-        weight.view(-1)[weight.abs().argmax()] = -weight.abs().flatten().topk(2).values[1]
-        return weight
-
-    assert read(spoilt.folder, backbone.spec, backbone.weights).provenance.warnings == ()
-    told = read(spoilt.folder, backbone.spec, few).provenance.warnings
-    assert told and all("2 of the 230 weights" in warning for warning in told)
-    with pytest.raises(FailedPrecondition, match=r"'save_precomputed_indices' is False: 2\d\d of the 230") as raised:
-        read(spoilt.folder, backbone.spec, lambda name: (backbone.weights(name) * 100).round() / 100)
-    assert raised.value.metadata["key"] == "save_precomputed_indices"
-
-
-EMBEDDED = {
-    "HIRA": (lambda: tuner("Hira", r=2), "hira_embedding_A"),
-    "OFT": (lambda: tuner("OFT", oft_block_size=4, r=0), "oft_embedding_R.weight"),
-    "TINYLORA": (lambda: tuner("TinyLora", r=2, u=4), "tinylora_A"),
-}
-
-
-@pytest.mark.parametrize("kind", EMBEDDED)
-def test_embedding_is_checked_like_a_linear(kind: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
-    make, part = EMBEDDED[kind]
-    config, backbone = make(), backbones["bert"]
-    config.target_modules = {"query", "word_embeddings"}
-    spoilt = written("bert", config)
-    name = f"base_model.model.embeddings.word_embeddings.{part}"
-    assert "bert.embeddings.word_embeddings" in read(spoilt.folder, backbone.spec, backbone.weights).at
-    spoilt.tensors(lambda tensors: tensors.update({name: _longer(tensors[name])}))
-    with pytest.raises(BadCheckpoint, match=part):
-        read(spoilt.folder, backbone.spec, backbone.weights)
-    spoilt.tensors(lambda tensors: tensors.pop(name))
-    with pytest.raises(BadCheckpoint, match=part):
-        read(spoilt.folder, backbone.spec, backbone.weights)
