@@ -126,17 +126,17 @@ async def test_deltas(ask: Any, server: Any, delta: deltas_pb2.Delta) -> None:
     server.answers("UnloadDelta", deltas_pb2.UnloadDeltaResponse(deltas=[delta], freed_bytes=4096))
     loaded = await ask(
         "deltas.load", "acme/yes", "yes-lora", task="sequence_classification", labels=["no", "yes"],
-        problem_type="single_label_classification", replace=True,
+        problem_type="single_label_classification", replace=True, task_id=0,
     )  # fmt: skip
     same(loaded, delta)
-    assert loaded.reference == "acme/yes@2"
+    assert (loaded.reference, loaded.task_id) == ("acme/yes@2", 3)
     same(await ask("deltas.get", "acme/yes"), delta)
     gone = await ask("deltas.unload", "acme/yes@2", wait=True)
     assert (gone.deltas, gone.freed_bytes) == ((loaded,), 4096)
     assert server.requests == [
         deltas_pb2.LoadDeltaRequest(
             name="acme/yes", source="yes-lora", task=deltas_pb2.TASK_SEQUENCE_CLASSIFICATION, labels=["no", "yes"],
-            problem_type=deltas_pb2.PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION, replace=True,
+            problem_type=deltas_pb2.PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION, replace=True, task_id=0,
         ),
         deltas_pb2.GetDeltaRequest(name="acme/yes"),
         deltas_pb2.UnloadDeltaRequest(name="acme/yes@2", wait=True),

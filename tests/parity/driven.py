@@ -27,6 +27,7 @@ from deltaserve.engine.request import (
     Tokens,
 )
 from deltaserve.formats.registry import read
+from deltaserve.formats.wanted import NOTHING_WANTED, Wanted
 
 PATIENCE = 60.0
 
@@ -74,9 +75,9 @@ class Driven:
     def stop(self) -> None:
         self.engine.drain(0)
 
-    def lower(self, name: str) -> int:
+    def lower(self, name: str, wanted: Wanted = NOTHING_WANTED) -> int:
         """Reads the checkpoint of a name and publishes it; returns its bytes on the device."""
-        return self.publish(name, read(self.folder / name, self.backbone.spec, self.backbone.weights))
+        return self.publish(name, read(self.folder / name, self.backbone.spec, self.backbone.weights, wanted))
 
     def publish(self, name: str, delta: Delta) -> int:
         self.deltas[name] = delta

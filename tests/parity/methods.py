@@ -7,6 +7,8 @@ from typing import Any
 import peft
 from families import FAMILIES, SPECIAL, Family
 
+from deltaserve.formats.wanted import Wanted
+
 Make = Callable[[Family], Any]
 
 
@@ -170,6 +172,7 @@ LINEAR_ONLY: Mapping[str, Make] = {
     ),
     "psoft-free": _tuner("Psoft", r=4, psoft_orth=False, psoft_mag_b=False),
     "poly": _tuner("Poly", r=4, n_skills=3, n_splits=2),
+    "poly-tasks": _tuner("Poly", r=3, n_skills=2, n_splits=2, n_tasks=3),
     "osf": _tuner("OSF", effective_rank=0.8),
     "osf-half": _tuner("OSF"),
     "oft-embedding": _tuner("OFT", oft_block_size=8, r=0, target_modules=lambda f: [f.linears[0], f.embedding]),
@@ -195,6 +198,9 @@ DECODERS: Mapping[str, Make] = {
         alora_invocation_tokens=list(INVOCATION), lora_bias=True, target_modules=lambda f: [*f.linears, "lm_head"]
     ),
     "lora-tied-saved": _lora(modules_to_save=lambda f: ["lm_head"], ensure_weight_tying=True),
+    "multitask-prompt-tasks": lambda f: peft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=3, num_ranks=2, num_tasks=3
+    ),
 }
 """PEFT does these at causal language models alone."""
 POOLED: Mapping[str, Make] = {
@@ -202,6 +208,8 @@ POOLED: Mapping[str, Make] = {
     "lora-saved-pooler": _lora(modules_to_save=lambda f: [f.pooler.partition(".")[0]]),
 }
 """Tried where a head reads what the backbone's pooler makes."""
+TASK_IDS = {"poly-tasks": 2, "multitask-prompt-tasks": 2}
+"""Methods whose checkpoints are for several tasks, and the one that is tried: the last."""
 HEADED = ("lora", "lora-bias-all", "ia3", "prefix", "prompt")
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 NO_TOKEN_HEAD = ("gemma3", "opt")
@@ -223,6 +231,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.method}.{self.task.lower().replace('_', '-')}"
+
+    @property
+    def wanted(self) -> Wanted:
+        """What an operator says of its checkpoint."""
+        return Wanted(task_id=TASK_IDS.get(self.method))
 
 
 def cases(family: str) -> list[Case]:

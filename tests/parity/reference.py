@@ -87,10 +87,12 @@ def inputs(case: Case) -> list[list[int]]:
 
 
 def told(model: Any) -> dict[str, torch.Tensor]:
-    """What PEFT must be told beside the text: the first task, of methods that know several."""
+    """What PEFT must be told beside the text: the last task, of methods that know tasks."""
     config = getattr(model, "active_peft_config", None)
-    needs = config is not None and config.peft_type in ("POLY", "MULTITASK_PROMPT_TUNING")
-    return {"task_ids": torch.zeros(1, dtype=torch.long)} if needs else {}
+    counts = {"POLY": "n_tasks", "MULTITASK_PROMPT_TUNING": "num_tasks"}
+    if config is None or config.peft_type not in counts:
+        return {}
+    return {"task_ids": torch.tensor([getattr(config, counts[config.peft_type]) - 1])}
 
 
 def generated(model: Any, ids: list[int]) -> tuple[list[int], torch.Tensor]:

@@ -120,7 +120,7 @@ def _cell(case: Case, family: Family, driven: Driven, compared: bool) -> Cell:
     except Exception as error:
         return Cell(CANNOT, _first(error), **told)
     try:
-        driven.lower(case.name)
+        driven.lower(case.name, case.wanted)
     except DeltaserveError as error:
         return Cell(REFUSED, error.message, **told)
     told["primitives"] = _primitives(driven.deltas[case.name])

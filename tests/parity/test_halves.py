@@ -50,7 +50,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[Driven, Mapping[Case,
         driven = Driven(tmp_path, "bfloat16")
         started.append(driven)
         for case in found:
-            driven.lower(case.name)
+            driven.lower(case.name, case.wanted)
         return driven, models
 
     yield open_

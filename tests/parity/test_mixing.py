@@ -88,7 +88,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str, list[Case]], Driven]]:
         driven = Driven(tmp_path)
         started.append(driven)
         for case in found:
-            driven.lower(case.name)
+            driven.lower(case.name, case.wanted)
             delta = driven.deltas[case.name]
             if delta.bases:
                 driven.publish(f"{case.name}-again", mapped(delta, lambda t: t / 2, delta.bases))

@@ -80,7 +80,7 @@ class Mixed:
             known = {delta.name async for delta in client.deltas.list()}
             for case in self.prepared.cases:
                 if case.name not in known:
-                    await client.deltas.load(case.name, case.name, timeout=SECONDS)
+                    await client.deltas.load(case.name, case.name, task_id=case.wanted.task_id, timeout=SECONDS)
             before = (await client.server_info(steps=True)).steps
             plain = self.plain_case
             results = await asyncio.gather(

@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 import peft
 import pytest
+import torch
 
+from deltaserve_kernels.testing import error_ratio
 from deltaserve_protos.v1 import deltas_pb2 as dp
 from deltaserve_protos.v1 import inference_pb2 as pb
 
@@ -88,6 +90,41 @@ def test_labels_and_what_was_guessed(bert: Any) -> None:
     assert (wrong.code, wrong.field) == ("INVALID_ARGUMENT", "labels")
     assert "2" in wrong.message and "3" in wrong.message
     assert bert.fails("GetDelta", name="wrong").code == "NOT_FOUND"
+
+
+def test_each_task_of_a_checkpoint_is_a_delta(server: Any, one: str) -> None:
+    config = peft.PolyConfig(
+        r=4, n_tasks=3, n_skills=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_weights=False
+    )
+    server.made.delta("poly", 8, config)
+    failure = server.fails("LoadDelta", name=one, source="poly")
+    assert (failure.code, failure.reason, failure.field) == ("INVALID_ARGUMENT", "BAD_TASK_ID", "task_id")
+    assert "from 0 to 2" in failure.message and "BadRequest" in failure.details
+    assert server.fails("LoadDelta", name=one, source="poly", task_id=3).field == "task_id"
+    assert server.fails("LoadDelta", name=one, source="v1", task_id=0).field == "task_id"
+    loaded = [server.load(f"{one}-{task}", "poly", task_id=task) for task in range(3)]
+    assert [delta.task_id for delta in loaded] == [0, 1, 2] and len({delta.content_hash for delta in loaded}) == 1
+    assert not server.load(one, "v1").HasField("task_id")
+    model = server.made.tuned("poly")
+    asked = {"input_ids": torch.tensor([[5, 6]]), "output_hidden_states": True}
+    with torch.no_grad():
+        theirs = [model(**asked, task_ids=torch.tensor([task])).hidden_states[-1][0, -1] for task in range(3)]
+    for task, vector in enumerate(theirs):
+        (ours,) = server("Embed", deltas=[f"{one}-{task}"], inputs=ASK["inputs"], normalize=False).results
+        assert error_ratio(torch.tensor(list(ours.values)), vector) < 1e-5
+    assert all(error_ratio(theirs[task], theirs[task - 1]) > 1e-2 for task in range(3))
+
+
+def test_another_task_id_is_other_content(server: Any, one: str) -> None:
+    config = peft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    server.made.delta("poly-two", 9, config)
+    first = server.load(one, "poly-two", task_id=1)
+    assert server.load(one, "poly-two", task_id=1) == first
+    for other in ({}, {"task_id": 0}):
+        failure = server.fails("LoadDelta", name=one, source="poly-two", **other)
+        assert (failure.code, failure.reason) == ("ALREADY_EXISTS", "DELTA_EXISTS") and "task id" in failure.message
+    second = server.load(one, "poly-two", task_id=0, replace=True)
+    assert (second.version, second.task_id) == (2, 0)
 
 
 def test_the_same_again_is_ok_at_once(server: Any, one: str) -> None:
@@ -259,7 +296,6 @@ def test_nothing_is_read_outside_the_root(server: Any, one: str, tmp_path: Path)
 
 
 def test_pickle_is_refused_by_the_flag_that_allows_it(server: Any, one: str, called: Any) -> None:
-    import torch
     from safetensors.torch import load_file
 
     folder = server.root / "pickled"

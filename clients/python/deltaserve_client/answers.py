@@ -197,6 +197,7 @@ def _delta(delta: deltas_pb2.Delta) -> results.DeltaInfo:
         format=delta.format,
         in_flight=delta.in_flight,
         base_model=delta.base_model,
+        task_id=delta.task_id if delta.HasField("task_id") else None,
     )
 
 

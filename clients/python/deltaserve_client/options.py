@@ -81,13 +81,15 @@ class ScoreOptions(InferenceOptions, total=False):
 class LoadOptions(CallOptions, total=False):
     """`task`, `labels`, `problem_type`: where the checkpoint does not say, or says it wrong.
 
-    `replace` allows another content under a name in use.
+    `replace` allows another content under a name in use. `task_id`, from 0: which task's delta to make of a checkpoint
+    for several.
     """
 
     task: TaskWord | None
     labels: Sequence[str] | None
     problem_type: ProblemTypeWord | None
     replace: bool | None
+    task_id: int | None
 
 
 class UnloadOptions(CallOptions, total=False):

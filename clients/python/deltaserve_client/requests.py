@@ -78,6 +78,7 @@ def load(name: str, source: str, told: options.LoadOptions) -> Call[results.Delt
     _put_word(request, "problem_type", words.PROBLEM_TYPE, told.get("problem_type"))
     _put(request, "labels", told.get("labels"))
     _put(request, "replace", told.get("replace"))
+    _put(request, "task_id", told.get("task_id"))
     return _control("LoadDelta", request, deltas_pb2.LoadDeltaResponse, answers.loaded, told)
 
 

@@ -200,7 +200,8 @@ class ScoreResult:
 class DeltaInfo:
     """A delta as the server knows it. `state`: `loading`, `resident`, `evicted` or `draining`.
 
-    `guessed` names what neither the call nor the checkpoint said: `labels`, `problem_type`, `task`.
+    `guessed` names what neither the call nor the checkpoint said: `labels`, `problem_type`, `task`. `task_id`: which of
+    its checkpoint's tasks it is for, None where its method knows no tasks.
     """
 
     name: str
@@ -222,6 +223,7 @@ class DeltaInfo:
     format: str
     in_flight: int
     base_model: str
+    task_id: int | None
 
     @property
     def reference(self) -> str:

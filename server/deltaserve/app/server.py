@@ -183,7 +183,7 @@ class App:
             source.folder,
             backbone.spec,
             backbone.weights,
-            registry.Wanted(source.task, source.labels, source.problem_type),
+            registry.Wanted(source.task, source.labels, source.problem_type, source.task_id),
             allow_pickle=self._settings.allow_pickle_archives,
         )
 

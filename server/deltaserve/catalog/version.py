@@ -26,6 +26,7 @@ class Source:
     task: Task | None = None
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
+    task_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Card:
     invocation: tuple[int, ...] = ()
     pooling: Pooling | None = None
     head_width: int = 0
+    task_id: int | None = None
 
     @staticmethod
     def of(delta: Delta) -> "Card":
@@ -71,6 +73,7 @@ class Card:
             invocation=delta.invocation,
             pooling=delta.pooling,
             head_width=0 if delta.head is None else delta.head.width,
+            task_id=delta.task_id,
         )
 
 

@@ -36,6 +36,7 @@ class Delta:
     families with absolute or rotary positions). `pooling` is what the head reads. `labels` is as long as the head is
     wide. `problem_type` is `regression`, `single_label_classification` or `multi_label_classification`. With an
     `invocation` it acts from the start of the last occurrence of these tokens on, and nowhere where they do not occur.
+    `task_id` is which of its checkpoint's tasks it is for, None where the method knows no tasks.
 
     `bases` are frozen tensors that other deltas may have too, by `content_key`. A primitive's tensor whose memory lies
     in one of them is a view of it, has unit stride in its last dimension, and is stored and counted with the base.
@@ -52,6 +53,7 @@ class Delta:
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
     invocation: tuple[int, ...] = ()
+    task_id: int | None = None
     bases: Bases = field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -72,6 +72,7 @@ def delta(version: Version, resident: Collection[int], in_flight: int) -> deltas
         format=card.format,
         in_flight=in_flight,
         base_model=card.base_model,
+        task_id=card.task_id,
     )
 
 

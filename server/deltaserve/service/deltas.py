@@ -55,11 +55,12 @@ class DeltaServicer(deltas_pb2_grpc.DeltaServiceServicer):
         task = _known(request.task, convert.TASK_OF, "task")
         problem = _known(request.problem_type, convert.PROBLEM_OF, "problem_type")
         labels = _labels(tuple(request.labels))
+        task_id = request.task_id if request.HasField("task_id") else None
         root = self._told.delta_root
 
         def find() -> Source:
             folder = source.below(root, request.source)
-            return Source(folder, source.shown(root, folder), task, labels, problem)
+            return Source(folder, source.shown(root, folder), task, labels, problem, task_id)
 
         loaded = await self._loading.load(name, find, request.replace)
         context.delta = loaded.label

@@ -108,7 +108,8 @@ class Loading:
             await _result(self._engine.publish(current.key, delta, current.label))
             return current, True
         if current is not None and not replace:
-            what = "other content" if content != current.content_hash else "another task, labels or problem type"
+            told = "another task, labels, problem type or task id"
+            what = "other content" if content != current.content_hash else told
             raise AlreadyExists(
                 f"{current.label} has {what}, from {current.source.shown}; `replace` makes this the next version",
                 metadata={"delta": current.label, "has": current.content_hash, "given": content},
@@ -185,6 +186,7 @@ def _same(source: Source, current: Version) -> bool:
         source.task in (before.task, card.task)
         and source.labels in (before.labels, card.labels)
         and source.problem_type in (before.problem_type, card.problem_type)
+        and source.task_id in (before.task_id, card.task_id)
     )
 
 

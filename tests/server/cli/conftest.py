@@ -105,7 +105,7 @@ def delta() -> deltas_pb2.Delta:
         name="acme/yes", version=2, state=deltas_pb2.DELTA_STATE_RESIDENT, kinds=["lora", "head"], sites=24,
         parameters=1_500_000, device_bytes=3 << 20, warnings=["made for [bold]another[/bold] backbone"],
         task=deltas_pb2.TASK_SEQUENCE_CLASSIFICATION, labels=["no", "yes"], guessed=["labels"], source="yes-lora",
-        format="peft",
+        format="peft", task_id=3,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from typing import Any
@@ -134,10 +135,11 @@ def test_deltas(command: Any, server: Any, delta: deltas_pb2.Delta) -> None:
     server.answers["UnloadDelta"] = deltas_pb2.UnloadDeltaResponse(deltas=[delta], freed_bytes=1536)
     loaded = command(
         "deltas", "load", "acme/yes", "yes-lora", "--label", "no", "--label", "yes", "--replace",
-        "--task", "sequence_classification", "--problem-type", "regression",
+        "--task", "sequence_classification", "--problem-type", "regression", "--task-id", "0",
     )  # fmt: skip
     assert "acme/yes@2" in loaded.out
     assert "no, yes (guessed)" in loaded.out
+    assert re.search(r"task id +3 ", loaded.out)
     assert "made for [bold]another[/bold] backbone" in loaded.out
     assert command("deltas", "show", "acme/yes@2").out == loaded.out
     row = command("deltas", "ls").out.splitlines()[2].split()
@@ -148,7 +150,7 @@ def test_deltas(command: Any, server: Any, delta: deltas_pb2.Delta) -> None:
     assert json.loads(command("deltas", "unload", "acme/yes", "--json").out)["freed_bytes"] == 1536
     assert server.requests[0] == deltas_pb2.LoadDeltaRequest(
         name="acme/yes", source="yes-lora", labels=["no", "yes"], replace=True,
-        task=deltas_pb2.TASK_SEQUENCE_CLASSIFICATION, problem_type=deltas_pb2.PROBLEM_TYPE_REGRESSION,
+        task=deltas_pb2.TASK_SEQUENCE_CLASSIFICATION, problem_type=deltas_pb2.PROBLEM_TYPE_REGRESSION, task_id=0,
     )  # fmt: skip
     assert server.requests[3] == deltas_pb2.UnloadDeltaRequest(name="acme/yes", wait=True)
 

@@ -1,6 +1,7 @@
 """Every type of PEFT that is served: what it needs of a checkpoint is checked, and the backbone is only read."""
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,11 +16,12 @@ from torch.nn import functional
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.primitives import Affine, Block, Dense, LowRank, Sparse
 from deltaserve.deltas.sites import SiteType
-from deltaserve.errors import BadCheckpoint, DeltaserveError, FailedPrecondition
+from deltaserve.errors import BadCheckpoint, DeltaserveError, FailedPrecondition, InvalidArgument
 from deltaserve.formats.peft import ofweight
 from deltaserve.formats.peft.types import TYPES
 from deltaserve.formats.peft.wavelets import FILTERS
 from deltaserve.formats.registry import read
+from deltaserve.formats.wanted import NOTHING_WANTED, Wanted
 from deltaserve_kernels.testing import error_ratio
 
 
@@ -97,7 +99,7 @@ def made(written: Any, backbones: Mapping[str, Backbone]) -> Iterator[Callable[[
         config = MADE[kind]()
         config.task_type = "CAUSAL_LM" if kind == "CPT" else "FEATURE_EXTRACTION"
         spoilt, backbone = written(family(kind), config), backbones[family(kind)]
-        return spoilt, lambda: read(spoilt.folder, backbone.spec, backbone.weights)
+        return spoilt, lambda wanted=NOTHING_WANTED: read(spoilt.folder, backbone.spec, backbone.weights, wanted)
 
     yield do
     assert {name: _fingerprint(backbone) for name, backbone in backbones.items()} == before
@@ -198,8 +200,6 @@ OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("PEANUT", "act_fn", "xielu"),
     ("PEANUT", "act_fn", ["relu"]),
     ("PVERA", "sample_at_inference", True),
-    ("POLY", "n_tasks", 2),
-    ("MULTITASK_PROMPT_TUNING", "num_tasks", 2),
 )
 
 
@@ -211,6 +211,54 @@ def test_option_is_refused_by_its_key(kind: str, key: str, value: Any, made: Any
         reading()
     assert raised.value.reason == "OPTION_NOT_SERVED"
     assert raised.value.metadata["key"] == key
+
+
+TASKS = {"POLY": "n_tasks", "MULTITASK_PROMPT_TUNING": "num_tasks"}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_of_several_must_be_named(kind: str, written: Any, backbones: Mapping[str, Backbone]) -> None:
+    backbone = backbones["bert"]
+    config = MADE[kind]()
+    config.task_type = "FEATURE_EXTRACTION"
+    setattr(config, TASKS[kind], 3)
+    folder = written("bert", config).folder
+
+    def of(task: int | None) -> Any:
+        return read(folder, backbone.spec, backbone.weights, Wanted(task_id=task))
+
+    for task in (None, 3, 1 << 31):
+        with pytest.raises(InvalidArgument, match=r"3 tasks.*from 0 to 2") as raised:
+            of(task)
+        assert (raised.value.field, raised.value.reason) == ("task_id", "BAD_TASK_ID")
+    deltas = [of(task) for task in range(3)]
+    assert [delta.task_id for delta in deltas] == [0, 1, 2]
+    numbers = [torch.cat([tensor.flatten() for tensor in delta.tensors()]) for delta in deltas]
+    assert all(error_ratio(one, two) > 1e-2 for one, two in itertools.combinations(numbers, 2))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_only_task_need_not_be_named(kind: str, made: Any) -> None:
+    _, reading = made(kind)
+    assert reading().task_id == reading(Wanted(task_id=0)).task_id == 0
+    with pytest.raises(InvalidArgument, match=r"task_id is 1; the checkpoint is for 1 task,.*from 0 to 0"):
+        reading(Wanted(task_id=1))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_tasks_are_those_of_the_tensors(kind: str, made: Any) -> None:
+    spoilt, reading = made(kind)
+    spoilt.config(**{TASKS[kind]: 2})
+    with pytest.raises(BadCheckpoint, match="has shape"):
+        reading(Wanted(task_id=1))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind not in TASKS])
+def test_no_task_is_named_where_there_are_none(kind: str, made: Any) -> None:
+    _, reading = made(kind)
+    with pytest.raises(InvalidArgument, match=f"task_id is 0; .* '{kind}' has no tasks") as raised:
+        reading(Wanted(task_id=0))
+    assert raised.value.field == "task_id"
 
 
 VALUES: tuple[tuple[str, str, Any, str], ...] = (

@@ -11,9 +11,10 @@ from deltaserve.errors import BadCheckpoint
 
 
 class Draft:
-    """At most one primitive of each type stands at a site."""
+    """At most one primitive of each type stands at a site. `task_id`: the task that it is for, if there are any."""
 
-    def __init__(self) -> None:
+    def __init__(self, task_id: int | None = None) -> None:
+        self.task_id = task_id
         self._at: dict[str, dict[type, SitePrimitive]] = {}
         self.kinds: list[str] = []
         self.prompt: SoftPrompt | None = None

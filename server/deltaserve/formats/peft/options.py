@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 
 COMMON = frozenset({"peft_type", "task_type", "base_model_name_or_path", "modules_to_save"})
 INERT = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"})
@@ -70,11 +70,32 @@ def not_served(key: str, value: Any, why: str) -> FailedPrecondition:
     )
 
 
-def one_task(config: Mapping[str, Any], key: str) -> None:
-    """Of a checkpoint for several tasks each request would have to name one. Raises FailedPrecondition."""
+def task_id(config: Mapping[str, Any], key: str | None, given: int | None) -> int | None:
+    """Which of a checkpoint's tasks is meant, from 0; `key` says how many there are, None: its type has no tasks.
+
+    Raises InvalidArgument for a task that is not there and where it must be said which, BadCheckpoint.
+    """
+    if key is None:
+        if given is not None:
+            raise InvalidArgument(
+                f"task_id is {given}; a checkpoint of type {shown(config.get('peft_type'))} has no tasks to choose "
+                "from, leave it out",
+                field="task_id",
+            )
+        return None
     count = integer(config, key, 1)
-    if count != 1:
-        raise not_served(key, count, "each request would have to name one of these tasks, and requests have no task id")
+    if given is None and count == 1:
+        return 0
+    if given is None or given >= count:
+        found = "unset" if given is None else str(given)
+        raise InvalidArgument(
+            f"task_id is {found}; the checkpoint is for {count} task{'s' if count > 1 else ''}, each a delta of its "
+            f"own: say which, from 0 to {count - 1}",
+            reason="BAD_TASK_ID",
+            field="task_id",
+            metadata={"tasks": str(count)},
+        )
+    return given
 
 
 def wrong(key: str, what: str) -> BadCheckpoint:

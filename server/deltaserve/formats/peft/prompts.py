@@ -94,16 +94,17 @@ def lower_prompt(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None
 
 def lower_multitask(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """Rows P ⊙ (C D) of one task: P [n, hidden] is shared by tasks, C [n, k] and D [k, hidden] are the task's own."""
-    config = checkpoint.config
-    options.one_task(config, "num_tasks")
+    config, task = checkpoint.config, draft.task_id
+    assert task is not None
     if checkpoint.backbone.encoder_decoder:
         raise options.wrong("peft_type", "is 'MULTITASK_PROMPT_TUNING', which PEFT cannot run on an encoder-decoder")
     lower_prompt(checkpoint, draft, weights)
     assert draft.prompt is not None
     shared = draft.prompt.rows.float()
     rank = options.integer(config, "num_ranks", 1)
-    columns = checkpoint.take("prefix_task_cols", (1, shared.shape[0], rank))[0].float()
-    across = checkpoint.take("prefix_task_rows", (1, rank, shared.shape[1]))[0].float()
+    tasks = options.integer(config, "num_tasks", 1)
+    columns = checkpoint.take("prefix_task_cols", (tasks, shared.shape[0], rank))[task].float()
+    across = checkpoint.take("prefix_task_rows", (tasks, rank, shared.shape[1]))[task].float()
     draft.prompt = SoftPrompt(shared * (columns @ across))
 
 

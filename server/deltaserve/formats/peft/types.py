@@ -20,6 +20,7 @@ from deltaserve.formats.peft import (
     lowrank,
     norms,
     ofweight,
+    options,
     prompts,
     shared,
     sparse,
@@ -44,11 +45,15 @@ _PROMPT = ("base_model.", "")
 
 @dataclass(frozen=True)
 class Type:
-    """One row of the table. `dotted`: what may stand before the module path of its tensors."""
+    """One row of the table. `dotted`: what may stand before the module path of its tensors.
+
+    `tasks`: the config's key for how many tasks a checkpoint is for, each a delta of its own; None: it has no tasks.
+    """
 
     options: Options
     lower: Callable[[Checkpoint, Draft, Weights], None]
     dotted: tuple[str, ...] = _TUNER
+    tasks: str | None = None
 
 
 TYPES: Mapping[str, Type] = {
@@ -66,7 +71,7 @@ TYPES: Mapping[str, Type] = {
     "LOKR": Type(dense.LOKR_OPTIONS, dense.lokr),
     "UNILORA": Type(vectors.UNILORA_OPTIONS, vectors.unilora, _SHARED),
     "TINYLORA": Type(vectors.TINYLORA_OPTIONS, vectors.tinylora, _SHARED),
-    "POLY": Type(vectors.POLY_OPTIONS, vectors.poly),
+    "POLY": Type(vectors.POLY_OPTIONS, vectors.poly, tasks="n_tasks"),
     "RANDLORA": Type(frozen.RANDLORA_OPTIONS, frozen.randlora, _SHARED),
     "FROD": Type(frozen.FROD_OPTIONS, frozen.frod, _SHARED),
     "FOURIERFT": Type(spectra.FOURIERFT_OPTIONS, spectra.fourierft),
@@ -90,7 +95,7 @@ TYPES: Mapping[str, Type] = {
     "PROMPT_TUNING": Type(prompts.PROMPT_OPTIONS, prompts.lower_prompt, _PROMPT),
     "P_TUNING": Type(prompts.P_TUNING_OPTIONS, prompts.lower_prompt, _PROMPT),
     "CPT": Type(prompts.CPT_OPTIONS, prompts.lower_prompt, _PROMPT),
-    "MULTITASK_PROMPT_TUNING": Type(prompts.MULTITASK_OPTIONS, prompts.lower_multitask, _PROMPT),
+    "MULTITASK_PROMPT_TUNING": Type(prompts.MULTITASK_OPTIONS, prompts.lower_multitask, _PROMPT, "num_tasks"),
     "CARTRIDGE": Type(prompts.CARTRIDGE_OPTIONS, prompts.lower_prefix, _PROMPT),
 }
 
@@ -109,8 +114,8 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     config = folder.config()
     row = _type(config)
     row.options.check(config)
+    draft = Draft(options.task_id(config, row.tasks, wanted.task_id))
     checkpoint = Checkpoint(folder, config, backbone, wanted, row.dotted)
-    draft = Draft()
     task, guessed = heads.task_of(checkpoint)
     head = heads.lower(checkpoint, draft, task)
     row.lower(checkpoint, draft, weights)
@@ -139,6 +144,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         pooling=_pooling(head, draft),
         labels=labels,
         problem_type=problem,
+        task_id=draft.task_id,
         bases=draft.bases,
         invocation=draft.invocation,
     )

@@ -129,8 +129,9 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
 
 def poly(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     """ΔW = (A B)ᵀ / r; A and B in parts, each a mixture of skills by the task's weights σ(logits). arXiv 2202.13914."""
-    config = checkpoint.config
-    options.one_task(config, "n_tasks")
+    config, task = checkpoint.config, draft.task_id
+    assert task is not None
+    tasks = options.integer(config, "n_tasks", 1)
     options.choice(config, "poly_type", ("poly",))
     rank, skills = options.integer(config, "r", 8), options.integer(config, "n_skills", 4)
     parts = options.integer(config, "n_splits", 1)
@@ -138,7 +139,8 @@ def poly(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
     def one(target: Target, _: Weights) -> None:
         if target.inputs % parts or target.outputs % parts:
             raise options.wrong("n_splits", f"is {parts}, which does not divide {target.own!r}")
-        shares = target.number("poly_router.module_logits", 1, parts * skills).view(parts, skills).sigmoid()
+        logits = target.number("poly_router.module_logits", tasks, parts * skills)
+        shares = logits[task].view(parts, skills).sigmoid()
         shares = shares / (shares.sum(1, keepdim=True) + 1e-12)
         a = target.number("poly_lora_A", parts, skills, target.inputs // parts, rank)
         b = target.number("poly_lora_B", parts, skills, rank, target.outputs // parts)
