@@ -95,6 +95,22 @@ async def test_classify_tokens(ask: Any, server: Any) -> None:
     assert (sep.start, sep.end, sep.segment) == (None, None, None)
 
 
+async def test_classify_spans(ask: Any, server: Any) -> None:
+    placed = {"start_token": 5, "end_token": 6, "start": 3, "end": 9, "segment": 1, "text": "a film", "score": 0.5}
+    found = {"spans": [placed, {"start_token": 7, "end_token": 7, "text": "b"}], "start_logits": [0.5, -1]}
+    answer = inference_pb2.ClassifyResponse(results=[{"spans": {**found, "end_logits": [0.25, 2]}}])
+    server.answers("Classify", answer)
+    result = await ask("classify", Input("what?", "a film"), delta="where", top_k=2, max_answer_tokens=7)
+    (told,) = result.results
+    same(told.spans[0], answer.results[0].spans.spans[0])
+    assert (told.spans[1].start, told.spans[1].end, told.spans[1].segment) == (None, None, None)
+    assert (told.start_logits, told.end_logits, told.tokens, told.label) == ((0.5, -1), (0.25, 2), None, "")
+    assert result.answer == "a film"
+    assert (server.requests[0].top_k, server.requests[0].max_answer_tokens) == (2, 7)
+    server.answers("Classify", inference_pb2.ClassifyResponse(results=[{"spans": {}}]))
+    assert (await ask("classify", "what?", delta="where")).answer is None
+
+
 async def test_embed(ask: Any, server: Any) -> None:
     answer = inference_pb2.EmbedResponse(
         results=[{"values": [0.5, -1]}], pooling=inference_pb2.POOLING_CLS, usage={"input_tokens": 3}, delta="e@1"

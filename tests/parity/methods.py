@@ -211,8 +211,12 @@ POOLED: Mapping[str, Make] = {
 TASK_IDS = {"poly-tasks": 2, "multitask-prompt-tasks": 2}
 """Methods whose checkpoints are for several tasks, and the one that is tried: the last."""
 HEADED = ("lora", "lora-bias-all", "ia3", "prefix", "prompt")
-HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
-NO_TOKEN_HEAD = ("gemma3", "opt")
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+NO_HEAD = {"TOKEN_CLS": ("gemma3", "opt"), "QUESTION_ANS": ("gemma", "gemma2", "gemma3", "phi3")}
 """transformers has no class for it."""
 ENCODERS = ("bert", "roberta", "modernbert")
 FEW = ("lora-all-linear", "dora", "lora-bias-all", "ia3", "prefix", "prompt", "lora-lm-head")
@@ -244,7 +248,7 @@ def cases(family: str) -> list[Case]:
     methods = [*METHODS, *(LINEAR_ONLY if family != "gpt2" else ()), *(GENERATING if family not in ENCODERS else ())]
     methods += DECODERS if row.task == "CAUSAL_LM" else ()
     plain = [Case(family, method, row.task) for method in methods if method in FEW or not row.few]
-    tasks = () if row.encoder_decoder else ("SEQ_CLS",) if family in NO_TOKEN_HEAD else ("SEQ_CLS", "TOKEN_CLS")
+    tasks = () if row.encoder_decoder else [task for task in HEADS if family not in NO_HEAD.get(task, ())]
     headed = [
         Case(family, method, task)
         for task in tasks

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 SEED = 20_261_124
 NEW_TOKENS = 32
 LABELS = 3
+"""Outputs of a head, but where its task fixes them; see `outputs`."""
 
 
 def drawn(model: torch.nn.Module, seed: int, trainable: bool = False) -> None:
@@ -56,15 +57,33 @@ def backbone(family: Family, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
+def outputs(task: str) -> int:
+    """Of a head: a span has a start and an end."""
+    return 2 if task == "QUESTION_ANS" else LABELS
+
+
+def plain(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model for a case's task over a backbone; a head has random numbers.
+
+    Some of its models for question answering call the base model otherwise than its causal ones do, find nothing in
+    their checkpoints, and are left with random numbers all over: they get the backbone's from its base model.
+    """
+    auto = getattr(transformers, HEADS.get(case.task, FAMILIES[case.family].auto))
+    known = {"attn_implementation": "eager", "dtype": dtype}
+    model = auto.from_pretrained(folder, **known, **({"num_labels": outputs(case.task)} if case.task in HEADS else {}))
+    if case.task == "QUESTION_ANS":
+        own = model.base_model.state_dict()
+        base = transformers.AutoModel.from_pretrained(folder, **known).state_dict()
+        assert own.keys() <= base.keys()
+        model.base_model.load_state_dict({name: base[name] for name in own})
+    return model
+
+
 def tuned(case: Case, backbone_folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The PEFT model of a case, with numbers of its own."""
-    family = FAMILIES[case.family]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        auto = getattr(transformers, HEADS.get(case.task, family.auto))
-        told = {"num_labels": LABELS} if case.task in HEADS else {}
-        model = auto.from_pretrained(backbone_folder, attn_implementation="eager", dtype=dtype, **told)
-        made = peft.get_peft_model(model, config(case))
+        made = peft.get_peft_model(plain(case, backbone_folder, dtype), config(case))
         drawn(made, SEED + sum(map(ord, case.name)), trainable=True)
         return made.eval()
 
@@ -115,9 +134,13 @@ def answer(case: Case, model: Any, ids: list[int]) -> Answer:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if case.task in HEADS:
-            scores = model(input_ids=torch.tensor([ids]), **told(model)).logits[0].float()
-            # Beside a prompt transformers also labels the prompt's rows.
-            return [], scores[-len(ids) :] if case.task == "TOKEN_CLS" else scores.unsqueeze(0)
+            said = model(input_ids=torch.tensor([ids]), **told(model))
+            if case.task == "SEQ_CLS":
+                return [], said.logits.float()
+            spans = case.task == "QUESTION_ANS"
+            scores = torch.stack((said.start_logits[0], said.end_logits[0]), 1) if spans else said.logits[0]
+            # Beside a prompt transformers also scores the prompt's rows.
+            return [], scores[-len(ids) :].float()
         if case.task == "FEATURE_EXTRACTION":
             hidden = model(input_ids=torch.tensor([ids]), **told(model)).last_hidden_state[0].float()
             return [], hidden[-len(ids) :].mean(0, keepdim=True)
@@ -138,11 +161,9 @@ class Prepared:
 def _without_delta(case: Case, folder: Path, saved: Path) -> Any:
     if case.task not in HEADS:
         return bare(case.family, folder)
-    model = getattr(transformers, HEADS[case.task]).from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, num_labels=LABELS
-    )
+    model = plain(case, folder)
     heads = {name.rpartition("base_model.")[2].removeprefix("model."): t for name, t in load_file(saved).items()}
-    own = {name for name in model.state_dict() if name.partition(".")[0] in ("classifier", "score")}
+    own = {name for name in model.state_dict() if name.partition(".")[0] in ("classifier", "score", "qa_outputs")}
     heads = {name: tensor for name, tensor in heads.items() if name in own}
     assert heads and not model.load_state_dict(heads, strict=False).unexpected_keys
     return model.eval()

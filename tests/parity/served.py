@@ -25,7 +25,7 @@ import transformers
 from driven import Driven, forced
 from families import FAMILIES, VOCABULARY, Family
 from methods import DECODERS, GENERATING, HEADED, HEADS, LINEAR_ONLY, METHODS, Case, Make, cases
-from reference import LABELS, SEED, backbone, drawn
+from reference import SEED, backbone, drawn, plain
 
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.primitives import Head, SoftPrompt
@@ -71,12 +71,11 @@ BESIDE: Mapping[str, Make] = {
     "shadow": lambda f: peft.ShadowConfig(),
 }
 """What PEFT has beside the methods whose numbers tests/parity compares."""
-TASK_HEADS = HEADS | {"QUESTION_ANS": "AutoModelForQuestionAnswering"}
 _KNOWN: Mapping[str, Make] = {**METHODS, **LINEAR_ONLY, **GENERATING, **DECODERS}
 MAKES: Mapping[str, Make] = _KNOWN | {name: make for name, make in BESIDE.items() if name not in _KNOWN}
 ROWS: tuple[tuple[str, str | None], ...] = (
     *((name, None) for name in MAKES),
-    *((name, task) for task in TASK_HEADS for name in HEADED),
+    *((name, task) for task in HEADS for name in HEADED),
 )
 """A method, and the task of the head beside it."""
 
@@ -137,7 +136,7 @@ def _text(case: Case) -> list[int]:
 
 def _request(case: Case, driven: Driven) -> Request:
     known = {"id": case.name, "ids": tuple(_text(case)), "delta": driven.ref(case.name)}
-    if case.task in TASK_HEADS:
+    if case.task in HEADS:
         return Request(job=Job.CLASSIFY, **known)
     if case.task == "FEATURE_EXTRACTION":
         return Request(job=Job.EMBED, pooling=Pooling.MEAN, **known)
@@ -146,31 +145,17 @@ def _request(case: Case, driven: Driven) -> Request:
 
 def _peft(case: Case, family: Family, config: Any, folder: Path) -> torch.Tensor:
     """Makes PEFT's model of a case, runs it once, and saves it as `folder / case.name`; returns what it said."""
-    auto = getattr(transformers, TASK_HEADS.get(case.task, family.auto))
+    auto = getattr(transformers, HEADS.get(case.task, family.auto))
     if type(family.config()) not in auto._model_mapping:
         raise ValueError(f"transformers has no {auto.__name__} of this family")
-    labels = {"num_labels": 2 if case.task == "QUESTION_ANS" else LABELS} if case.task in TASK_HEADS else {}
-    model = auto.from_pretrained(folder / "backbone", attn_implementation="eager", dtype=torch.float32, **labels)
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(plain(case, folder / "backbone"), config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("PEFT finds nothing here that it could train")
     drawn(model, SEED + sum(map(ord, case.name)), trainable=True)
     model.eval()
-    if case.task == "QUESTION_ANS":
-        rows = _spans(model)
-    else:
-        rows = forced(
-            case, model, _text(case), [] if case.task in (*TASK_HEADS, "FEATURE_EXTRACTION") else CONTINUATION
-        )
+    rows = forced(case, model, _text(case), [] if case.task in (*HEADS, "FEATURE_EXTRACTION") else CONTINUATION)
     model.save_pretrained(folder / case.name)
     return rows
-
-
-def _spans(model: Any) -> torch.Tensor:
-    """Scores [text, 2] of a span's start and end."""
-    with torch.no_grad():
-        told = model(input_ids=torch.tensor([TEXT]))
-    return torch.stack((told.start_logits[0], told.end_logits[0]), 1)[-len(TEXT) :]
 
 
 def _options(config: Any) -> str:

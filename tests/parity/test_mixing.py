@@ -28,7 +28,6 @@ COVERING = ("lora-patterns", "dora-bias", "pissa", "vera", "ia3", "prefix", "pro
 COVERING += ("shira", "ln-tuning", "lora-tokens", "lora-embedding", "loha", "lora-bias-all", "lora-saved-head")
 COVERING += ("tinylora", "psoft", "alora")
 
-CLASSIFYING = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
 POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.LAST)
 
 
@@ -103,7 +102,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str, list[Case]], Driven]]:
 
 def jobs(driven: Driven, delta: str | None) -> list[Job]:
     """What a delta can be asked for, or the bare backbone."""
-    if delta is not None and driven.deltas[delta].task in CLASSIFYING:
+    if delta is not None and driven.deltas[delta].head is not None:
         return [Job.CLASSIFY]
     return [job for job in (Job.GENERATE, Job.SCORE, Job.EMBED) if job.value in driven.backbone.spec.tasks]
 

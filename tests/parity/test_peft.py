@@ -39,6 +39,8 @@ def read(case: Case, result: Any) -> list[Ours]:
         return [([], torch.tensor([one.scores]), None) for one in result.results]
     if case.task == "TOKEN_CLS":
         return [([], torch.tensor([token.scores for token in one.tokens]), None) for one in result.results]
+    if case.task == "QUESTION_ANS":
+        return [([], torch.tensor([one.start_logits, one.end_logits]).T, None) for one in result.results]
     if case.task == "FEATURE_EXTRACTION":
         return [([], torch.tensor([one.values]), None) for one in result.results]
     samples = [one.samples[0] for one in result.results]

@@ -253,16 +253,20 @@ def t5(called: Callable[..., Called]) -> Called:
 
 @pytest.fixture(scope="session")
 def bert(called: Callable[..., Called]) -> Called:
-    """With classifiers `mood` of three labels, `stars` of one, `topics` of several, `tags` of tokens, and `plain`."""
+    """With classifiers `mood` of three labels, `stars` of one, `topics` of several, `tags` of tokens; `where`; `plain`.
+
+    `where` answers questions.
+    """
     server = called("bert")
     made, whole = server.made, "AutoModelForSequenceClassification"
     made.delta("mood", 1, made.lora(task_type="SEQ_CLS"), whole, num_labels=3)
     made.delta("stars", 2, made.lora(task_type="SEQ_CLS"), whole, num_labels=1)
     made.delta("tags", 3, made.lora(task_type="TOKEN_CLS"), "AutoModelForTokenClassification", num_labels=2)
+    made.delta("where", 5, made.lora(task_type="QUESTION_ANS"), "AutoModelForQuestionAnswering")
     made.delta("plain", 4)
     server.load("mood", labels=["bad", "so-so", "good"])
     server.load("topics", "mood", problem_type=deltas_pb2.PROBLEM_TYPE_MULTI_LABEL_CLASSIFICATION)
-    for name in ("stars", "tags", "plain"):
+    for name in ("stars", "tags", "where", "plain"):
         server.load(name)
     return server
 

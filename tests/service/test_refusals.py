@@ -72,6 +72,14 @@ INVALID: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("gpt2", "Embed", bare(inputs=[*ONE, pb.Input(ids=[5] * 65)]), "inputs[1]", "at most 64"),
     ("gpt2", "Embed", bare(pooling=9), "pooling", "no value 9"),
     ("bert", "Classify", {"deltas": ["mood"], "inputs": ONE, "scores_as": 9}, "scores_as", "no value 9"),
+    ("bert", "Classify", {"deltas": ["mood"], "inputs": ONE, "top_k": 2}, "top_k", "is for question_answering"),
+    ("bert", "Classify", {"deltas": ["tags"], "inputs": ONE, "max_answer_tokens": 2}, "max_answer_tokens", "is for"),
+    ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "top_k": 0}, "top_k", "1 to 64"),
+    ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "top_k": 65}, "top_k", "1 to 64"),
+    ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "max_answer_tokens": 0}, "max_answer_tokens", "to 512"),
+    ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "scores_as": pb.SCORES_AS_SIGMOID}, "scores_as", "RAW"),
+    ("bert", "LoadDelta", {"name": "a", "source": "where", "labels": ["x", "y"]}, "labels", "no labels"),
+    ("bert", "LoadDelta", {"name": "a", "source": "where", "problem_type": 2}, "problem_type", "no labels"),
     ("gpt2", "Score", bare(), "continuations", "0 sets"),
     ("gpt2", "Score", bare(continuations=[SAID, SAID]), "continuations", "2 sets"),
     ("gpt2", "Score", bare(continuations=[EMPTY]), "continuations[0].continuations", "1 to 64"),
@@ -118,6 +126,15 @@ PRECONDITION: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("llama", "Score", bare(continuations=[{"continuations": [pb.Continuation(text="x")]}]), "NO_TOKENIZER", "ids"),
     ("t5", "Generate", sampled(prompt_logprobs=1), "NOT_SERVED_HERE", "Score"),
     ("gpt2", "LoadDelta", {"name": "a", "source": "nowhere"}, "BAD_CHECKPOINT", "nowhere"),
+    ("bert", "Score", {"deltas": ["where"], "inputs": ONE, "continuations": [SAID]}, "WRONG_TASK", "Classify, Embed"),
+    (
+        "bert",
+        "LoadDelta",
+        {"name": "a", "source": "mood", "task": dp.TASK_QUESTION_ANSWERING},
+        "BAD_CHECKPOINT",
+        "no tensors of its head 'qa_outputs'",
+    ),
+    ("t5", "LoadDelta", {"name": "a", "source": "lora", "task": dp.TASK_QUESTION_ANSWERING}, "TASK_NOT_SERVED", "t5"),
 ]
 
 MISSING: list[tuple[str, dict[str, Any], str]] = [

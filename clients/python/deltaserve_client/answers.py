@@ -159,8 +159,13 @@ def _sample(sample: inference_pb2.Sample) -> results.Sample:
 
 
 def _classification(answer: inference_pb2.Classification) -> results.Classification:
-    if answer.WhichOneof("result") == "tokens":
+    kind = answer.WhichOneof("result")
+    if kind == "tokens":
         return results.Classification("", (), tuple(_token_label(token) for token in answer.tokens.tokens))
+    if kind == "spans":
+        told = answer.spans
+        spans = tuple(_span(span) for span in told.spans)
+        return results.Classification("", (), None, spans, tuple(told.start_logits), tuple(told.end_logits))
     return results.Classification(answer.sequence.label, tuple(answer.sequence.scores), None)
 
 
@@ -173,6 +178,18 @@ def _token_label(token: inference_pb2.TokenClassification.Token) -> results.Toke
         start=token.start if token.HasField("start") else None,
         end=token.end if token.HasField("end") else None,
         segment=token.segment if token.HasField("segment") else None,
+    )
+
+
+def _span(span: inference_pb2.QuestionAnswering.Span) -> results.Span:
+    return results.Span(
+        start_token=span.start_token,
+        end_token=span.end_token,
+        start=span.start if span.HasField("start") else None,
+        end=span.end if span.HasField("end") else None,
+        segment=span.segment if span.HasField("segment") else None,
+        text=span.text,
+        score=span.score,
     )
 
 

@@ -56,7 +56,7 @@ class Client:
         return Stream(call, running, self.address)
 
     def classify(self, inputs: Inputs, **told: Unpack[options.ClassifyOptions]) -> ClassifyResult:
-        """Labels for each input, or for each of its tokens, by the delta's head."""
+        """What the delta's head says: labels for each input or for each of its tokens, or spans that answer it."""
         return self._answer(requests.classify(inputs, told))
 
     def embed(self, inputs: Inputs, **told: Unpack[options.EmbedOptions]) -> EmbedResult:

@@ -6,7 +6,9 @@ from typing import Literal, TypeAlias, TypedDict
 TruncateWord: TypeAlias = Literal["none", "start", "end"]
 ScoresAsWord: TypeAlias = Literal["raw", "softmax", "sigmoid"]
 PoolingWord: TypeAlias = Literal["mean", "cls", "last"]
-TaskWord: TypeAlias = Literal["generation", "sequence_classification", "token_classification", "embedding"]
+TaskWord: TypeAlias = Literal[
+    "generation", "sequence_classification", "token_classification", "embedding", "question_answering"
+]
 ProblemTypeWord: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
@@ -60,9 +62,14 @@ class GenerateOptions(InferenceOptions, SamplingOptions, total=False):
 
 
 class ClassifyOptions(InferenceOptions, total=False):
-    """`scores_as`: by default what fits the head."""
+    """`scores_as`: by default what fits the head.
+
+    For question answering: `top_k` spans of each input (server's default: 1), each of `max_answer_tokens` at most (15).
+    """
 
     scores_as: ScoresAsWord | None
+    top_k: int | None
+    max_answer_tokens: int | None
 
 
 class EmbedOptions(InferenceOptions, total=False):

@@ -50,6 +50,8 @@ def classify(given: inputs.Inputs, told: options.ClassifyOptions) -> Call[result
     _known(told, options.ClassifyOptions)
     request = _filled(inference_pb2.ClassifyRequest(), given, told)
     _put_word(request, "scores_as", words.SCORES_AS, told.get("scores_as"))
+    _put(request, "top_k", told.get("top_k"))
+    _put(request, "max_answer_tokens", told.get("max_answer_tokens"))
     return _inference("Classify", request, inference_pb2.ClassifyResponse, answers.classified, told)
 
 

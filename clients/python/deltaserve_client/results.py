@@ -121,12 +121,34 @@ class TokenLabel:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A piece of an input, from its token `start_token` to `end_token`, with the last one.
+
+    `start` and `end` count characters of the text that `segment` names (0 or 1); None for inputs given as ids.
+    """
+
+    start_token: int
+    end_token: int
+    start: int | None
+    end: int | None
+    segment: int | None
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Classification:
-    """Of the whole input: `label` (empty for regression) and `scores`. Of each token: `tokens`, else it is None."""
+    """Of the whole input: `label` (empty for regression) and `scores`. Of each token: `tokens`, else it is None.
+
+    To a question: `spans`, best first, else it is None; and the head's outputs for each token as they are.
+    """
 
     label: str
     scores: tuple[float, ...]
     tokens: tuple[TokenLabel, ...] | None
+    spans: tuple[Span, ...] | None = None
+    start_logits: tuple[float, ...] = ()
+    end_logits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +166,12 @@ class ClassifyResult:
     def label(self) -> str:
         """The label of the only input. Raises ValueError where there were more."""
         return _only(self.results).label
+
+    @property
+    def answer(self) -> str | None:
+        """The best span's text for the only input, None where none is. Raises ValueError where there were more."""
+        spans = _only(self.results).spans
+        return spans[0].text if spans else None
 
 
 @dataclass(frozen=True)

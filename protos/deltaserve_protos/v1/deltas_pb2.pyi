@@ -14,6 +14,7 @@ class Task(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_SEQUENCE_CLASSIFICATION: _ClassVar[Task]
     TASK_TOKEN_CLASSIFICATION: _ClassVar[Task]
     TASK_EMBEDDING: _ClassVar[Task]
+    TASK_QUESTION_ANSWERING: _ClassVar[Task]
 
 class ProblemType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,6 +35,7 @@ TASK_GENERATION: Task
 TASK_SEQUENCE_CLASSIFICATION: Task
 TASK_TOKEN_CLASSIFICATION: Task
 TASK_EMBEDDING: Task
+TASK_QUESTION_ANSWERING: Task
 PROBLEM_TYPE_UNSPECIFIED: ProblemType
 PROBLEM_TYPE_REGRESSION: ProblemType
 PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION: ProblemType

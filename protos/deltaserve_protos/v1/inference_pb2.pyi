@@ -216,20 +216,24 @@ class StreamGenerateResponse(_message.Message):
     def __init__(self, input_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., text: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., delta: _Optional[str] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "scores_as")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "scores_as", "top_k", "max_answer_tokens")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     SCORES_AS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     add_special_tokens: bool
     truncate: Truncate
     scores_as: ScoresAs
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., scores_as: _Optional[_Union[ScoresAs, str]] = ...) -> None: ...
+    top_k: int
+    max_answer_tokens: int
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., scores_as: _Optional[_Union[ScoresAs, str]] = ..., top_k: _Optional[int] = ..., max_answer_tokens: _Optional[int] = ...) -> None: ...
 
 class SequenceClassification(_message.Message):
     __slots__ = ("label", "scores")
@@ -262,13 +266,42 @@ class TokenClassification(_message.Message):
     tokens: _containers.RepeatedCompositeFieldContainer[TokenClassification.Token]
     def __init__(self, tokens: _Optional[_Iterable[_Union[TokenClassification.Token, _Mapping]]] = ...) -> None: ...
 
+class QuestionAnswering(_message.Message):
+    __slots__ = ("spans", "start_logits", "end_logits")
+    class Span(_message.Message):
+        __slots__ = ("start_token", "end_token", "start", "end", "segment", "text", "score")
+        START_TOKEN_FIELD_NUMBER: _ClassVar[int]
+        END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+        START_FIELD_NUMBER: _ClassVar[int]
+        END_FIELD_NUMBER: _ClassVar[int]
+        SEGMENT_FIELD_NUMBER: _ClassVar[int]
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        SCORE_FIELD_NUMBER: _ClassVar[int]
+        start_token: int
+        end_token: int
+        start: int
+        end: int
+        segment: int
+        text: str
+        score: float
+        def __init__(self, start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., segment: _Optional[int] = ..., text: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    START_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    END_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    spans: _containers.RepeatedCompositeFieldContainer[QuestionAnswering.Span]
+    start_logits: _containers.RepeatedScalarFieldContainer[float]
+    end_logits: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, spans: _Optional[_Iterable[_Union[QuestionAnswering.Span, _Mapping]]] = ..., start_logits: _Optional[_Iterable[float]] = ..., end_logits: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Classification(_message.Message):
-    __slots__ = ("sequence", "tokens")
+    __slots__ = ("sequence", "tokens", "spans")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceClassification
     tokens: TokenClassification
-    def __init__(self, sequence: _Optional[_Union[SequenceClassification, _Mapping]] = ..., tokens: _Optional[_Union[TokenClassification, _Mapping]] = ...) -> None: ...
+    spans: QuestionAnswering
+    def __init__(self, sequence: _Optional[_Union[SequenceClassification, _Mapping]] = ..., tokens: _Optional[_Union[TokenClassification, _Mapping]] = ..., spans: _Optional[_Union[QuestionAnswering, _Mapping]] = ...) -> None: ...
 
 class ClassifyResponse(_message.Message):
     __slots__ = ("results", "labels", "scores_as", "usage", "delta")

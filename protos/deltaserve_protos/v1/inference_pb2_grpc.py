@@ -83,7 +83,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Classify(self, request, context):
-        """Labels for each input, or for each of its tokens, by the delta's head.
+        """What the delta's head says of each input: labels for it or for each of its tokens, or the spans that answer it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,11 +70,23 @@ _ALL_JOBS = frozenset({"generate", "classify", "embed", "score"})
 _SAMPLED = ((r"lm_head", Axis.SAMPLED),)
 
 
-def _decoder(name: str, *model_types: str, labels: str | None = "score", **changes: Any) -> Family:
-    """A causal model built like Llama; `labels` is the head of its token classifier, None where it has none."""
+def _spans(base: str | None = None) -> HeadSpec:
+    """The scores of a span's start and end at each token; its class calls the base model `base`."""
+    return HeadSpec("qa_outputs", Pooling.TOKENS, outputs=2, base=base)
+
+
+def _decoder(
+    name: str, *model_types: str, labels: str | None = "score", spans: HeadSpec | None = None, **changes: Any
+) -> Family:
+    """A causal model built like Llama; `labels` is the head of its token classifier, None where it has none.
+
+    `spans` is the head of its model for question answering, None where transformers has no such class.
+    """
     heads = {Task.SEQUENCE_CLASSIFICATION: HeadSpec("score", Pooling.LAST_REAL)}
     if labels is not None:
         heads[Task.TOKEN_CLASSIFICATION] = HeadSpec(labels, Pooling.TOKENS)
+    if spans is not None:
+        heads[Task.QUESTION_ANSWERING] = spans
     row: dict[str, Any] = {
         "loader": "AutoModelForCausalLM",
         "shape": Shape.DECODER,
@@ -106,6 +118,7 @@ def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
         heads={
             Task.SEQUENCE_CLASSIFICATION: head,
             Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.TOKENS),
+            Task.QUESTION_ANSWERING: _spans(),
         },
         pooler=f"{name}.pooler",
         **changes,
@@ -170,13 +183,14 @@ FAMILIES: tuple[Family, ...] = (
     _decoder(
         "gpt2",
         labels="classifier",
+        spans=_spans(),
         attentions=(AttentionRow(r"transformer\.h\.\d+\.attn", Axis.TOKENS, causal=True, cached=True),),
         prefix="transformer",
     ),
-    _decoder("llama"),
-    _decoder("mistral"),
-    _decoder("qwen2"),
-    _decoder("qwen3"),
+    _decoder("llama", spans=_spans("transformer")),
+    _decoder("mistral", spans=_spans()),
+    _decoder("qwen2", spans=_spans("transformer")),
+    _decoder("qwen3", spans=_spans("transformer")),
     _decoder("gemma"),
     _decoder("gemma2"),
     _decoder("gemma3", "gemma3_text", labels=None),
@@ -184,12 +198,14 @@ FAMILIES: tuple[Family, ...] = (
     _decoder(
         "opt",
         labels=None,
+        spans=_spans(),
         attentions=(AttentionRow(r"model\.decoder\.layers\.\d+\.self_attn", Axis.TOKENS, causal=True, cached=True),),
         objection=_projected,
     ),
     _decoder(
         "gpt_neox",
         labels="classifier",
+        spans=_spans(),
         attentions=(AttentionRow(r"gpt_neox\.layers\.\d+\.attention", Axis.TOKENS, causal=True, cached=True),),
         head_dim="head_size",
         prefix="gpt_neox",

@@ -51,6 +51,7 @@ class Card:
     pooling: Pooling | None = None
     head_width: int = 0
     task_id: int | None = None
+    token_types: bool = True
 
     @staticmethod
     def of(delta: Delta) -> "Card":
@@ -74,6 +75,7 @@ class Card:
             pooling=delta.pooling,
             head_width=0 if delta.head is None else delta.head.width,
             task_id=delta.task_id,
+            token_types=delta.token_types,
         )
 
 

@@ -20,6 +20,16 @@ def classify(
         Literal["raw", "softmax", "sigmoid"] | None,
         typer.Option("--scores-as", help="How scores are returned.", show_default="what fits the head"),
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, max=64, help="Question answering: that many spans of each.", show_default="1"),
+    ] = None,
+    max_answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-answer-tokens", min=1, max=512, help="Question answering: of a span at most.", show_default="15"
+        ),
+    ] = None,
     json: options.Json = False,
     ids: options.Ids = False,
     pairs: options.Pairs = None,
@@ -28,7 +38,7 @@ def classify(
     address: options.Address = None,
     timeout: options.Timeout = None,
 ) -> None:
-    """Label texts, or each of their tokens, by the delta's head."""
+    """Label texts or each of their tokens, or answer questions by spans of `--pair`: what the delta's head is for."""
     from deltaserve_client.options import ClassifyOptions
 
     given = texts.inputs(inputs, ids, pairs)
@@ -42,7 +52,13 @@ def classify(
 
 
 def _show(result: "ClassifyResult", given: "Sequence[Input]") -> None:
-    whole = [(input, each) for input, each in zip(given, result.results, strict=True) if each.tokens is None]
+    both = list(zip(given, result.results, strict=True))
+    answered = [(texts.shown(input), span) for input, each in both for span in each.spans or ()]
+    if any(each.spans is not None for _, each in both):
+        spans = [(input, s.text, f"{s.score:.4f}", f"{s.start_token} to {s.end_token}") for input, s in answered]
+        screen.table(("input", "answer", "score", "tokens"), spans, right=("score",))
+        return
+    whole = [(input, each) for input, each in both if each.tokens is None]
     if whole:
         rows = [(texts.shown(input), each.label, *_scores(each.scores)) for input, each in whole]
         screen.table(("input", "label", *result.labels), rows, right=result.labels)

@@ -34,6 +34,7 @@ class Task(StrEnum):
     GENERATION = "generation"
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     TOKEN_CLASSIFICATION = "token_classification"
+    QUESTION_ANSWERING = "question_answering"  # extractive: spans of the input
     EMBEDDING = "embedding"
 
 
@@ -78,11 +79,15 @@ class HeadSpec:
     """The head of one task in this family, as transformers' class for it names it.
 
     `layers` lists (module path below the head's own name or "", activation after it); `module` is the head's name.
+    `outputs`: how many it has, where these are not labels; None: one for each label. `base`: what this class calls the
+    base model, where that is not what the family's others do.
     """
 
     module: str
     pooling: Pooling
     layers: tuple[tuple[str, str | None], ...] = (("", None),)
+    outputs: int | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,21 @@
-"""Classify: labels for inputs or for their tokens, by the head that the delta brings."""
+"""Classify: what the head that the delta brings says of inputs: labels, of them or of their tokens, or spans."""
 
+from collections.abc import Mapping, Sequence
+
+from deltaserve.catalog.version import Version
 from deltaserve.deltas.sites import Task
-from deltaserve.engine.request import Job, Request
+from deltaserve.engine.request import Finished, Job, Request
 from deltaserve.errors import InvalidArgument
-from deltaserve.service import convert
+from deltaserve.service import convert, questions
 from deltaserve.service.call import Call
 from deltaserve.service.inputs import Need, count
 from deltaserve.service.served import Served
 from deltaserve.service.target import target
+from deltaserve.service.text import Encoding
 from deltaserve_protos.v1 import inference_pb2 as pb
+
+_FOR: Mapping[str, Task] = {"top_k": Task.QUESTION_ANSWERING, "max_answer_tokens": Task.QUESTION_ANSWERING}
+"""Fields that only deltas for one task know."""
 
 
 class Classifying:
@@ -25,6 +32,7 @@ class Classifying:
         with target(message, Job.CLASSIFY, served.backbone.spec, served.catalog, call) as version:
             assert version is not None
             card = version.card
+            _check(message, version)
             encodings = await served.read(message, served.room(version), [Need()] * inputs)
             deadline = call.deadline(served.request_timeout)
             finished = await served.finished(
@@ -34,7 +42,7 @@ class Classifying:
                         job=Job.CLASSIFY,
                         ids=encoding.ids,
                         delta=version.ref,
-                        token_type_ids=encoding.token_type_ids,
+                        token_type_ids=encoding.token_type_ids if card.token_types else None,
                         deadline=deadline,
                     )
                     for index, encoding in enumerate(encodings)
@@ -42,18 +50,41 @@ class Classifying:
             )
             used = sum(len(encoding.ids) for encoding in encodings)
             served.count(version, used)
-        how = convert.scores_as(message.scores_as, card.problem_type)
-        if card.task is Task.TOKEN_CLASSIFICATION:
-            results = [
-                convert.tokens(end.scores, encoding, how, card.labels, served.text)
-                for end, encoding in zip(finished, encodings, strict=True)
-            ]
-        else:
-            results = [convert.sequence(end.scores[0], how, card.labels, card.problem_type) for end in finished]
         return pb.ClassifyResponse(
-            results=results,
+            results=await self._results(message, version, encodings, finished),
             labels=card.labels,
-            scores_as=how,
+            scores_as=convert.scores_as(message.scores_as, card.problem_type),
             usage=pb.Usage(input_tokens=used),
             delta=version.label,
         )
+
+    async def _results(
+        self, message: pb.ClassifyRequest, version: Version, encodings: Sequence[Encoding], finished: Sequence[Finished]
+    ) -> Sequence[pb.Classification]:
+        """One for each input. Spans are searched for in the tokenizer's thread: of a long text there are many."""
+        card, text = version.card, self._served.text
+        how = convert.scores_as(message.scores_as, card.problem_type)
+        both = list(zip(encodings, finished, strict=True))
+        match card.task:
+            case Task.TOKEN_CLASSIFICATION:
+                return [convert.tokens(end.scores, encoding, how, card.labels, text) for encoding, end in both]
+            case Task.QUESTION_ANSWERING:
+                asked = questions.Asked.of(message)
+                return await self._served.tokenizing.run(
+                    lambda: [
+                        questions.answered(asked, given, encoding, end.scores, text)
+                        for given, (encoding, end) in zip(message.inputs, both, strict=True)
+                    ]
+                )
+        return [convert.sequence(end.scores[0], how, card.labels, card.problem_type) for end in finished]
+
+
+def _check(message: pb.ClassifyRequest, version: Version) -> None:
+    """Raises InvalidArgument for what this delta's task does not know."""
+    for field, task in _FOR.items():
+        if message.HasField(field) and version.card.task is not task:
+            raise InvalidArgument(
+                f"{field} is for {task}; {version.label} is a delta for {version.card.task}", field=field
+            )
+    if version.card.task is Task.QUESTION_ANSWERING:
+        questions.Asked.of(message)

@@ -78,6 +78,12 @@ class Text:
     def there(self) -> bool:
         return self._tokenizer is not None
 
+    @property
+    def classification_token(self) -> int | None:
+        """The id that stands before a text for the whole of it (BERT's [CLS]), where the tokenizer has one."""
+        found = None if self._tokenizer is None else self._tokenizer.cls_token_id
+        return None if found is None else int(found)
+
     def require(self, field: str) -> None:
         """Raises FailedPrecondition where the backbone came without a tokenizer."""
         if self._tokenizer is None:

@@ -115,7 +115,7 @@ def test_a_checkpoint_without_a_pooler_serves_no_sequence_classification(tmp_pat
     config = dict(vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(BertConfig(**config)).save_pretrained(tmp_path)
     spec = load(str(tmp_path), dtype="float32", device="cpu").spec
-    assert set(spec.heads) == {Task.TOKEN_CLASSIFICATION}
+    assert set(spec.heads) == {Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING}
     assert not any("pooler" in name for name in spec.sites)
 
 

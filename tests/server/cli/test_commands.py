@@ -92,6 +92,24 @@ def test_classify_tokens(command: Any, server: Any) -> None:
     assert [line.split() for line in done.out.splitlines()[2:]] == [["Bonn", "LOC", "0.5000"], ["6", "O", "0.5000"]]
 
 
+def test_classify_spans(command: Any, server: Any) -> None:
+    spans = [{"start_token": 5, "end_token": 6, "text": "in Bonn", "score": 0.5}, {"start_token": 7, "end_token": 7}]
+    server.answers["Classify"] = inference_pb2.ClassifyResponse(results=[{"spans": {"spans": spans}}])
+    done = command(
+        "classify", "where?", "--pair", "he is in Bonn", "-d", "d", "--top-k", "2", "--max-answer-tokens", "9"
+    )
+    assert done.out.splitlines()[0].split() == ["input", "answer", "score", "tokens"]
+    assert [line.split()[-6:] for line in done.out.splitlines()[2:3]] == [["in", "Bonn", "0.5000", "5", "to", "6"]]
+    assert (server.requests[0].top_k, server.requests[0].max_answer_tokens) == (2, 9)
+    server.answers["Classify"] = inference_pb2.ClassifyResponse(results=[{"spans": {}}])
+    assert command("classify", "where?", "-d", "d").out.splitlines()[0].split() == [
+        "input",
+        "answer",
+        "score",
+        "tokens",
+    ]
+
+
 def test_stream(command: Any, server: Any) -> None:
     piece, end = inference_pb2.StreamGenerateResponse, inference_pb2.FINISH_REASON_STOP
     server.answers["StreamGenerate"] = [piece(text="j", ids=[1]), piece(text="a", ids=[2], finish_reason=end)]

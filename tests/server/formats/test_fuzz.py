@@ -32,6 +32,7 @@ from deltaserve.errors import DeltaserveError
 from deltaserve.formats.folder import CONFIG, PICKLED, SAFETENSORS
 from deltaserve.formats.peft.types import TYPES
 from deltaserve.formats.registry import read
+from deltaserve.formats.wanted import Wanted
 
 FAMILIES = ("llama", "bert", "t5")
 SECONDS = 5.0
@@ -82,15 +83,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Backbone]:
 
 
 @pytest.fixture(scope="module")
-def whole(opened: Mapping[str, Backbone]) -> list[tuple[Backbone, dict[str, Any], dict[str, torch.Tensor]]]:
+def whole(opened: Mapping[str, Backbone]) -> list[tuple[Backbone, Wanted, dict[str, Any], dict[str, torch.Tensor]]]:
     """Every checkpoint as it was, simplest first; each can be read."""
     found = []
     for family, backbone in opened.items():
         for case in shared(family):
             folder = Path(backbone.name).parent / case.name
-            checked(folder, backbone)
+            checked(folder, backbone, case.wanted)
             config = json.loads((folder / CONFIG).read_text())
-            found.append((backbone, config, load_file(folder / SAFETENSORS)))
+            found.append((backbone, case.wanted, config, load_file(folder / SAFETENSORS)))
     return found
 
 
@@ -148,9 +149,9 @@ def bounded() -> Iterator[None]:
     assert time.monotonic() - start < SECONDS
 
 
-def checked(folder: Path, backbone: Backbone, **told: bool) -> None:
+def checked(folder: Path, backbone: Backbone, wanted: Wanted, **told: bool) -> None:
     """Reads a checkpoint, and asserts that what comes of it can be installed and computed with."""
-    delta = read(folder, backbone.spec, backbone.weights, **told)
+    delta = read(folder, backbone.spec, backbone.weights, wanted, **told)
     assert delta.kinds and delta.provenance.tensors_matched > 0
     assert all(bool(torch.isfinite(tensor).all()) for tensor in (*delta.tensors(), *delta.bases.values()))
     scales = [one.scale for primitives in delta.at.values() for one in primitives if isinstance(one, LowRank)]
@@ -325,7 +326,7 @@ def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
     )
     @given(st.data())
     def one(data: st.DataObject) -> None:
-        backbone, config, tensors = whole[data.draw(st.integers(0, len(whole) - 1))]
+        backbone, wanted, config, tensors = whole[data.draw(st.integers(0, len(whole) - 1))]
         files = Files(dict(config), dict(tensors))
         for spoil in data.draw(st.lists(st.sampled_from(SPOILS), min_size=1, max_size=2)):
             if files.tensors and files.config:
@@ -335,7 +336,7 @@ def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
         watch.folder, refusals = folder, list[str]()
         try:
             with bounded():
-                checked(folder, backbone, allow_pickle=files.pickled)
+                checked(folder, backbone, wanted, allow_pickle=files.pickled)
             outcomes["lowered"] += 1
         except DeltaserveError as error:
             refusals.append(error.message)

@@ -122,7 +122,8 @@ VALUES: tuple[tuple[str, Any, str], ...] = (
     ),
     ("target_parameters", ["ln_1.weight"], "no linear layer or embedding here has a weight of this name|of type norm"),
     ("ensure_weight_tying", "yes", "true or false is expected"),
-    ("task_type", "QUESTION_ANS", "'task_type' is 'QUESTION_ANS'"),
+    ("task_type", "QUESTION_ANS", "no tensors of its head 'qa_outputs'"),
+    ("task_type", "IMAGE_CLS", "'task_type' is 'IMAGE_CLS'"),
 )
 
 

@@ -261,6 +261,16 @@ def test_no_task_is_named_where_there_are_none(kind: str, made: Any) -> None:
     assert raised.value.field == "task_id"
 
 
+def test_a_span_has_a_start_and_an_end(written: Any, backbones: Mapping[str, Backbone]) -> None:
+    backbone, config = backbones["bert"], tuner("Lora", r=2)
+    config.task_type = "QUESTION_ANS"
+    spoilt = written("bert", config, "AutoModelForQuestionAnswering")
+    read(spoilt.folder, backbone.spec, backbone.weights)
+    spoilt.tensors(lambda t: t.update({n: torch.cat((v, v[:1])) for n, v in t.items() if "qa_outputs" in n}))
+    with pytest.raises(BadCheckpoint, match="'qa_outputs' has 3 outputs; for this task it has 2"):
+        read(spoilt.folder, backbone.spec, backbone.weights)
+
+
 VALUES: tuple[tuple[str, str, Any, str], ...] = (
     ("DEFT", "decomposition_method", "svd", "'decomposition_method' is 'svd'"),
     ("PSOFT", "ab_svd_init", "x", "'ab_svd_init' is 'x'"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
+from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Task
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.peft.options import shown
@@ -17,9 +17,13 @@ LONGEST = 500
 """Characters of the names in one message."""
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
-_HEADLESS = frozenset({"SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"})
+_HEADED = {
+    "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
+    "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
+    "QUESTION_ANS": Task.QUESTION_ANSWERING,
+}
+_HEADLESS = frozenset({*_HEADED, "FEATURE_EXTRACTION"})
 """Tasks whose classes have no lm_head."""
-_POOLED = {"SEQ_CLS": Task.SEQUENCE_CLASSIFICATION, "TOKEN_CLS": Task.TOKEN_CLASSIFICATION}
 
 
 class Checkpoint:
@@ -53,30 +57,41 @@ class Checkpoint:
                     metadata={"tensor": shown(name)},
                 )
             self._left[name.removeprefix(start)] = name
-        self._bare = self._saved_without_prefix()
-        if self._bare:
-            known = {name.removeprefix(backbone.prefix + ".").partition(".")[0] for name in backbone.modules}
-            self._left = {
-                self._canonical(short) if short.partition(".")[0] in known else short: name
-                for short, name in self._left.items()
-            }
+        start = backbone.prefix + "."
+        self._children = {
+            name.removeprefix(start).partition(".")[0] for name in backbone.modules if name.startswith(start)
+        }
+        self._base = self._base_name()
+        if self._base not in (backbone.prefix, ""):
+            self.warn(
+                f"its class calls the base model {self._base!r}, so that transformers finds no weights for it in the "
+                "checkpoint of a causal language model: if it was trained from one, then on random numbers"
+            )
+        if self._base != backbone.prefix:
+            self._left = {self.name(short): name for short, name in self._left.items()}
         self._warn_of_another_backbone()
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The names under which the checkpoint's own model knew its modules, for matching; see `site`."""
-        if not self._bare:
+        if self._base == self.backbone.prefix:
             return self.backbone.modules
-        start = self.backbone.prefix + "."
-        return tuple(name.removeprefix(start) for name in self.backbone.modules if name.startswith(start))
+        return tuple(self.own(name) for name in self.backbone.modules if name.startswith(self.backbone.prefix + "."))
 
     def name(self, module: str) -> str:
-        """The canonical name of one of `modules`."""
-        return self._canonical(module) if self._bare else module
+        """The canonical name of one of `modules`, or of what is below one; another name as it is."""
+        if self._base:
+            inside = module.startswith(self._base + ".")
+            return self.backbone.prefix + module.removeprefix(self._base) if inside else module
+        inside = module.partition(".")[0] in self._children
+        return f"{self.backbone.prefix}.{module}" if inside and self.backbone.prefix else module
 
     def own(self, module: str) -> str:
         """The checkpoint's name of a canonical module."""
-        return module.removeprefix(self.backbone.prefix + ".") if self._bare else module
+        start = self.backbone.prefix + "."
+        if self._base == self.backbone.prefix or not module.startswith(start):
+            return module
+        return ".".join(part for part in (self._base, module.removeprefix(start)) if part)
 
     def has(self, name: str) -> bool:
         """Whether a tensor is there that nobody has taken."""
@@ -135,12 +150,12 @@ class Checkpoint:
 
     def may_lack(self, module: str) -> bool:
         """Whether the class that was trained may not have had this module, and the checkpoint has nothing for it."""
-        top = self.own(module).removeprefix(self.backbone.prefix + ".").partition(".")[0]
+        top = module.removeprefix(self.backbone.prefix + ".").partition(".")[0]
         task = self.config.get("task_type")
         if top == "lm_head":
             absent = task is None or task in _HEADLESS
         elif top == "pooler":
-            head = self.backbone.heads.get(_POOLED[task]) if task in _POOLED else None
+            head = self._trained_head()
             absent = task != "FEATURE_EXTRACTION" and (head is None or head.pooling is not Pooling.POOLER)
         else:
             absent = False
@@ -157,16 +172,24 @@ class Checkpoint:
                 metadata={"tensors": ",".join(names[:SHOWN])[:LONGEST], "count": str(len(names))},
             )
 
-    def _saved_without_prefix(self) -> bool:
-        """Whether the bare base model was saved, whose names lack the task model's prefix."""
-        start = self.backbone.prefix + "."
-        if not self.backbone.prefix or any(name.startswith(start) for name in self._left):
-            return False
-        known = set(self.backbone.modules)
-        return any(start + name.rsplit(".", cut)[0] in known for name in self._left for cut in (1, 2, 3))
+    def _trained_head(self) -> HeadSpec | None:
+        """The head of the class that was trained, as far as the config or the operator says which that was."""
+        told = self.config.get("task_type")
+        task = self.wanted.task if told is None else _HEADED.get(told) if isinstance(told, str) else None
+        return None if task is None else self.backbone.heads.get(task)
 
-    def _canonical(self, name: str) -> str:
-        return f"{self.backbone.prefix}.{name}"
+    def _base_name(self) -> str:
+        """What the class that was trained calls its base model; empty where the bare base model was saved."""
+        usual = self.backbone.prefix
+        trained = self._trained_head()
+        likely = usual if trained is None or trained.base is None else trained.base
+        others = [head.base for head in self.backbone.heads.values() if head.base is not None]
+        for base in (likely, usual, *others):
+            if any(name.startswith(base + ".") for name in self._left):
+                return base
+        known = set(self.backbone.modules)
+        bare = any(f"{usual}.{name.rsplit('.', cut)[0]}" in known for name in self._left for cut in (1, 2, 3))
+        return "" if usual and bare else likely
 
     def _warn_of_another_backbone(self) -> None:
         base = self.config.get("base_model_name_or_path")

@@ -12,11 +12,12 @@ from deltaserve.formats.peft.draft import Draft
 _TASKS = {
     "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
     "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
+    "QUESTION_ANS": Task.QUESTION_ANSWERING,
     "CAUSAL_LM": Task.GENERATION,
     "SEQ_2_SEQ_LM": Task.GENERATION,
     "FEATURE_EXTRACTION": Task.EMBEDDING,
 }
-CLASSIFIES = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
+CLASSIFIES = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
 
 
 def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
@@ -81,6 +82,11 @@ def _head(checkpoint: Checkpoint, spec: HeadSpec) -> Head:
         bias = checkpoint.take(f"{name}.bias", (outputs,)) if checkpoint.has(f"{name}.bias") else None
         layers.append(HeadLayer(tensor, bias, activation))
         width = outputs
+    if spec.outputs not in (None, width):
+        raise BadCheckpoint(
+            f"the head {spec.module!r} has {width} outputs; for this task it has {spec.outputs}",
+            metadata={"tensor": f"{spec.module}.weight", "outputs": str(width), "expected": str(spec.outputs)},
+        )
     if checkpoint.config.get("bias") == "all":
         # PEFT also saves the biases of the wrapper's two inner copies of a head; the plain names are those that act.
         for inner in ("original_module", "modules_to_save"):

@@ -123,7 +123,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     _check_numbers(draft)
     if draft.nothing():
         checkpoint.warnings.append("all its numbers are those of a fresh start: it changes nothing")
-    labels, problem, assumed = _labels(checkpoint, draft)
+    labels, problem, assumed = _labels(checkpoint, draft, head)
     return Delta(
         # The method first, what goes with it after.
         kinds=tuple(sorted(draft.kinds, key=KINDS.index)),
@@ -145,6 +145,8 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         labels=labels,
         problem_type=problem,
         task_id=draft.task_id,
+        # PEFT's model for question answering keeps token_type_ids to itself: it was trained without.
+        token_types=config.get("task_type") != "QUESTION_ANS",
         bases=draft.bases,
         invocation=draft.invocation,
     )
@@ -198,9 +200,16 @@ def _pooling(head: HeadSpec | None, draft: Draft) -> Pooling | None:
     return Pooling.LAST if head.pooling is Pooling.LAST_REAL and draft.prompt is not None else head.pooling
 
 
-def _labels(checkpoint: Checkpoint, draft: Draft) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """Labels, problem type, and which of the two were guessed."""
+def _labels(
+    checkpoint: Checkpoint, draft: Draft, head: HeadSpec | None
+) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """Labels, problem type, and which of the two were guessed. Spans have neither."""
     wanted, width = checkpoint.wanted, 0 if draft.head is None else draft.head.width
+    if head is not None and head.outputs is not None:
+        for field in ("labels", "problem_type"):
+            if getattr(wanted, field):
+                raise InvalidArgument(f"{field}: the outputs of the head {head.module!r} are no labels", field=field)
+        return (), None, ()
     if wanted.labels and len(wanted.labels) != width:
         raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
     if not width:
