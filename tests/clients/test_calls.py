@@ -111,6 +111,19 @@ async def test_classify_spans(ask: Any, server: Any) -> None:
     assert (await ask("classify", "what?", delta="where")).answer is None
 
 
+async def test_classify_choices(ask: Any, server: Any) -> None:
+    answer = inference_pb2.ClassifyResponse(results=[{"choice": {"index": 1, "scores": [0.25, 0.75]}}])
+    server.answers("Classify", answer)
+    result = await ask("classify", Input("he", choices=["runs", "is red"]), delta="swag")
+    (told,) = result.results
+    assert (result.choice, told.choice, told.scores, told.label, told.spans) == (1, 1, (0.25, 0.75), "", None)
+    (sent,) = server.requests[0].inputs
+    assert sent == inference_pb2.Input(text="he", choices=[{"text": "runs"}, {"text": "is red"}])
+    await ask("classify", Input(choices=[[1, 2], Input(ids=[3], token_type_ids=[1])]), delta="swag")
+    (sent,) = server.requests[1].inputs
+    assert sent == inference_pb2.Input(choices=[{"ids": [1, 2]}, {"ids": [3], "token_type_ids": [1]}])
+
+
 async def test_embed(ask: Any, server: Any) -> None:
     answer = inference_pb2.EmbedResponse(
         results=[{"values": [0.5, -1]}], pooling=inference_pb2.POOLING_CLS, usage={"input_tokens": 3}, delta="e@1"

@@ -111,6 +111,9 @@ def test_inputs() -> None:
         ({"text": "a"}, TypeError, "inputs"),
         ([[-1]], ValueError, r"inputs\[0\]: a token id is a number from 0"),
         ([[1 << 32]], ValueError, r"inputs\[0\]"),
+        (Input("a", choices="bc"), TypeError, r"inputs\.choices: one text is no choice"),
+        ([Input("a", choices=["b", 3])], TypeError, r"inputs\[0\]\.choices\[1\]: 3 is neither"),
+        ([Input("a", choices=["b", Input("c")])], ValueError, r"inputs\[0\]\.choices\[1\]: a choice that is an Input"),
     ],
 )
 def test_wrong_inputs(given: Any, error: type[Exception], told: str) -> None:
@@ -119,7 +122,15 @@ def test_wrong_inputs(given: Any, error: type[Exception], told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"text": "a", "ids": [1]}, {"ids": [1], "text_pair": "b"}, {"text": "a", "token_type_ids": [0]}]
+    "fields",
+    [
+        {},
+        {"text": "a", "ids": [1]},
+        {"ids": [1], "text_pair": "b"},
+        {"text": "a", "token_type_ids": [0]},
+        {"ids": [1], "choices": ["a"]},
+        {"text": "a", "text_pair": "b", "choices": ["c"]},
+    ],
 )
 def test_wrong_input(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"text|ids"):

@@ -255,7 +255,7 @@ def t5(called: Callable[..., Called]) -> Called:
 def bert(called: Callable[..., Called]) -> Called:
     """With classifiers `mood` of three labels, `stars` of one, `topics` of several, `tags` of tokens; `where`; `plain`.
 
-    `where` answers questions.
+    `where` answers questions, `which` chooses.
     """
     server = called("bert")
     made, whole = server.made, "AutoModelForSequenceClassification"
@@ -263,7 +263,10 @@ def bert(called: Callable[..., Called]) -> Called:
     made.delta("stars", 2, made.lora(task_type="SEQ_CLS"), whole, num_labels=1)
     made.delta("tags", 3, made.lora(task_type="TOKEN_CLS"), "AutoModelForTokenClassification", num_labels=2)
     made.delta("where", 5, made.lora(task_type="QUESTION_ANS"), "AutoModelForQuestionAnswering")
+    config = made.lora(task_type=None, modules_to_save=["classifier"])
+    made.delta("which", 6, config, "AutoModelForMultipleChoice")
     made.delta("plain", 4)
+    server.load("which", task=deltas_pb2.TASK_MULTIPLE_CHOICE)
     server.load("mood", labels=["bad", "so-so", "good"])
     server.load("topics", "mood", problem_type=deltas_pb2.PROBLEM_TYPE_MULTI_LABEL_CLASSIFICATION)
     for name in ("stars", "tags", "where", "plain"):

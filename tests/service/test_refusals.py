@@ -11,6 +11,8 @@ from deltaserve_protos.v1 import inference_pb2 as pb
 ONE = [pb.Input(ids=[5, 6, 7])]
 MANY = [pb.Input(ids=[5])] * 65
 WORDS = [pb.Input(text="ab")]
+TWO = [pb.Choice(text="bad"), pb.Choice(text="good film")]
+CHOOSE = pb.Input(text="the food was", choices=TWO)
 SAID = pb.ScoreRequest.Continuations(continuations=[pb.Continuation(ids=[5])])
 EMPTY = pb.ScoreRequest.Continuations()
 
@@ -78,6 +80,28 @@ INVALID: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "top_k": 65}, "top_k", "1 to 64"),
     ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "max_answer_tokens": 0}, "max_answer_tokens", "to 512"),
     ("bert", "Classify", {"deltas": ["where"], "inputs": ONE, "scores_as": pb.SCORES_AS_SIGMOID}, "scores_as", "RAW"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": ONE}, "inputs[0].choices", "1 to 64"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [CHOOSE, pb.Input(text="a", choices=TWO * 33)]},
+     "inputs[1].choices", "66 choices"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(choices=TWO)]}, "inputs[0].text", "has none"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(text="a", choices=[*TWO, pb.Choice(ids=[4])])]},
+     "inputs[0].choices[2].ids", "a whole row"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(text="a", choices=[*TWO, pb.Choice()])]},
+     "inputs[0].choices[2]", "neither"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(text="a", text_pair="b", choices=TWO)]},
+     "inputs[0].text_pair", "nothing beside them"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(ids=[4], choices=TWO)]}, "inputs[0].ids", "beside"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(choices=[pb.Choice(ids=[99])])]},
+     "inputs[0].choices[0].ids", "vocabulary"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(text="a", choices=[pb.Choice(text="bad " * 70)])]},
+     "inputs[0].choices[0]", "choice 0 of input 0 has 74 tokens"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [CHOOSE], "top_k": 1}, "top_k", "delta for multiple_choice"),
+    ("bert", "Classify", {"deltas": ["which"], "inputs": [pb.Input(text="a" * 8000, choices=TWO * 32)] * 2},
+     "inputs", "524288 are read at most"),
+    ("bert", "Classify", {"deltas": ["mood"], "inputs": [CHOOSE]}, "inputs[0].choices", "for multiple choice"),
+    ("bert", "Embed", bare(inputs=[*ONE, CHOOSE]), "inputs[1].choices", "for multiple choice"),
+    ("bert", "LoadDelta", {"name": "a", "source": "which", "labels": ["x"], "task": dp.TASK_MULTIPLE_CHOICE},
+     "labels", "no labels"),
     ("bert", "LoadDelta", {"name": "a", "source": "where", "labels": ["x", "y"]}, "labels", "no labels"),
     ("bert", "LoadDelta", {"name": "a", "source": "where", "problem_type": 2}, "problem_type", "no labels"),
     ("gpt2", "Score", bare(), "continuations", "0 sets"),
@@ -135,6 +159,14 @@ PRECONDITION: list[tuple[str, str, dict[str, Any], str, str]] = [
         "no tensors of its head 'qa_outputs'",
     ),
     ("t5", "LoadDelta", {"name": "a", "source": "lora", "task": dp.TASK_QUESTION_ANSWERING}, "TASK_NOT_SERVED", "t5"),
+    ("gpt2", "LoadDelta", {"name": "a", "source": "mood", "task": dp.TASK_MULTIPLE_CHOICE}, "TASK_NOT_SERVED", "gpt2"),
+    (
+        "bert",
+        "LoadDelta",
+        {"name": "a", "source": "mood", "task": dp.TASK_MULTIPLE_CHOICE},
+        "BAD_CHECKPOINT",
+        "has 3 outputs; for this task it has 1",
+    ),
 ]
 
 MISSING: list[tuple[str, dict[str, Any], str]] = [

@@ -166,6 +166,8 @@ def _classification(answer: inference_pb2.Classification) -> results.Classificat
         told = answer.spans
         spans = tuple(_span(span) for span in told.spans)
         return results.Classification("", (), None, spans, tuple(told.start_logits), tuple(told.end_logits))
+    if kind == "choice":
+        return results.Classification("", tuple(answer.choice.scores), None, choice=answer.choice.index)
     return results.Classification(answer.sequence.label, tuple(answer.sequence.scores), None)
 
 

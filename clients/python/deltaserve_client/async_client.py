@@ -54,7 +54,7 @@ class AsyncClient:
         return AsyncStream(call, running, self.address)
 
     async def classify(self, inputs: Inputs, **told: Unpack[options.ClassifyOptions]) -> ClassifyResult:
-        """What the delta's head says: labels for each input or for each of its tokens, or spans that answer it."""
+        """What the delta's head says: labels for each input or its tokens, spans that answer it, its best choice."""
         return await self._answer(requests.classify(inputs, told))
 
     async def embed(self, inputs: Inputs, **told: Unpack[options.EmbedOptions]) -> EmbedResult:

@@ -56,7 +56,7 @@ class Client:
         return Stream(call, running, self.address)
 
     def classify(self, inputs: Inputs, **told: Unpack[options.ClassifyOptions]) -> ClassifyResult:
-        """What the delta's head says: labels for each input or for each of its tokens, or spans that answer it."""
+        """What the delta's head says: labels for each input or its tokens, spans that answer it, its best choice."""
         return self._answer(requests.classify(inputs, told))
 
     def embed(self, inputs: Inputs, **told: Unpack[options.EmbedOptions]) -> EmbedResult:

@@ -11,15 +11,21 @@ from deltaserve_protos.v1 import inference_pb2 as pb
 class Input:
     """One input: either `text`, with an optional second segment, or `ids`, with an optional segment for each.
 
-    Raises ValueError where it is both or neither.
+    `choices`, for multiple choice: texts, the second segments beside `text`; or whole rows of ids without it, as lists
+    or, with segments, as Inputs. Raises ValueError where it is none of this.
     """
 
     text: str | None = None
     text_pair: str | None = None
     ids: Sequence[int] | None = None
     token_type_ids: Sequence[int] | None = None
+    choices: "Sequence[Choice] | None" = None
 
     def __post_init__(self) -> None:
+        if self.choices is not None:
+            if (self.text_pair, self.ids, self.token_type_ids) != (None, None, None):
+                raise ValueError("choices go with text, or stand alone")
+            return
         if (self.text is None) == (self.ids is None):
             raise ValueError("an Input has either text or ids")
         if self.text_pair is not None and self.text is None:
@@ -27,6 +33,9 @@ class Input:
         if self.token_type_ids is not None and self.ids is None:
             raise ValueError("token_type_ids go with ids")
 
+
+Choice: TypeAlias = str | Sequence[int] | Input
+"""A text, a list of token ids, or an Input of ids."""
 
 Inputs: TypeAlias = str | Input | Sequence[str | Input | Sequence[int]]
 """One text or Input; or a sequence of texts, Inputs and lists of token ids."""
@@ -62,10 +71,30 @@ def _one(given: object, field: str) -> pb.Input:
             text_pair=given.text_pair,
             ids=_ids(given.ids or (), f"{field}.ids"),
             token_type_ids=_ids(given.token_type_ids or (), f"{field}.token_type_ids"),
+            choices=_choices(given.choices, f"{field}.choices"),
         )
     if isinstance(given, str):
         return pb.Input(text=given)
     return pb.Input(ids=_ids(given, field))
+
+
+def _choices(given: object, field: str) -> list[pb.Choice]:
+    if given is None:
+        return []
+    if isinstance(given, str):
+        raise TypeError(f"{field}: one text is no choice; give a sequence of them")
+    return [_choice(one, f"{field}[{place}]") for place, one in enumerate(_sequence(given, field))]
+
+
+def _choice(given: object, field: str) -> pb.Choice:
+    if isinstance(given, str):
+        return pb.Choice(text=given)
+    if not isinstance(given, Input):
+        return pb.Choice(ids=_ids(given, field))
+    if given.ids is None:
+        raise ValueError(f"{field}: a choice that is an Input has ids; give its text as it is")
+    types = _ids(given.token_type_ids or (), f"{field}.token_type_ids")
+    return pb.Choice(ids=_ids(given.ids, f"{field}.ids"), token_type_ids=types)
 
 
 def _set(given: object, field: str) -> pb.ScoreRequest.Continuations:

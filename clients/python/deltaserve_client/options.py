@@ -7,7 +7,12 @@ TruncateWord: TypeAlias = Literal["none", "start", "end"]
 ScoresAsWord: TypeAlias = Literal["raw", "softmax", "sigmoid"]
 PoolingWord: TypeAlias = Literal["mean", "cls", "last"]
 TaskWord: TypeAlias = Literal[
-    "generation", "sequence_classification", "token_classification", "embedding", "question_answering"
+    "generation",
+    "sequence_classification",
+    "token_classification",
+    "embedding",
+    "question_answering",
+    "multiple_choice",
 ]
 ProblemTypeWord: TypeAlias = Literal["regression", "single_label_classification", "multi_label_classification"]
 

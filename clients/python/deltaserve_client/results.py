@@ -140,7 +140,8 @@ class Span:
 class Classification:
     """Of the whole input: `label` (empty for regression) and `scores`. Of each token: `tokens`, else it is None.
 
-    To a question: `spans`, best first, else it is None; and the head's outputs for each token as they are.
+    To a question: `spans`, best first, else it is None; and the head's outputs for each token as they are. Of choices:
+    the index of the best one is `choice`, else it is None, and `scores` are in their order.
     """
 
     label: str
@@ -149,6 +150,7 @@ class Classification:
     spans: tuple[Span, ...] | None = None
     start_logits: tuple[float, ...] = ()
     end_logits: tuple[float, ...] = ()
+    choice: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class ClassifyResult:
         """The best span's text for the only input, None where none is. Raises ValueError where there were more."""
         spans = _only(self.results).spans
         return spans[0].text if spans else None
+
+    @property
+    def choice(self) -> int | None:
+        """The index of the best of the only input's choices. Raises ValueError where there were more inputs."""
+        return _only(self.results).choice
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class Task(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_TOKEN_CLASSIFICATION: _ClassVar[Task]
     TASK_EMBEDDING: _ClassVar[Task]
     TASK_QUESTION_ANSWERING: _ClassVar[Task]
+    TASK_MULTIPLE_CHOICE: _ClassVar[Task]
 
 class ProblemType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,7 @@ TASK_SEQUENCE_CLASSIFICATION: Task
 TASK_TOKEN_CLASSIFICATION: Task
 TASK_EMBEDDING: Task
 TASK_QUESTION_ANSWERING: Task
+TASK_MULTIPLE_CHOICE: Task
 PROBLEM_TYPE_UNSPECIFIED: ProblemType
 PROBLEM_TYPE_REGRESSION: ProblemType
 PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION: ProblemType

@@ -49,17 +49,29 @@ POOLING_MEAN: Pooling
 POOLING_CLS: Pooling
 POOLING_LAST: Pooling
 
+class Choice(_message.Message):
+    __slots__ = ("text", "ids", "token_type_ids")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_TYPE_IDS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    token_type_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., token_type_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Input(_message.Message):
-    __slots__ = ("text", "text_pair", "ids", "token_type_ids")
+    __slots__ = ("text", "text_pair", "ids", "token_type_ids", "choices")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TEXT_PAIR_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_TYPE_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     text: str
     text_pair: str
     ids: _containers.RepeatedScalarFieldContainer[int]
     token_type_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, text: _Optional[str] = ..., text_pair: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., token_type_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[Choice]
+    def __init__(self, text: _Optional[str] = ..., text_pair: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., token_type_ids: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("input_tokens", "output_tokens")
@@ -293,15 +305,25 @@ class QuestionAnswering(_message.Message):
     end_logits: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, spans: _Optional[_Iterable[_Union[QuestionAnswering.Span, _Mapping]]] = ..., start_logits: _Optional[_Iterable[float]] = ..., end_logits: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class MultipleChoice(_message.Message):
+    __slots__ = ("index", "scores")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, index: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Classification(_message.Message):
-    __slots__ = ("sequence", "tokens", "spans")
+    __slots__ = ("sequence", "tokens", "spans", "choice")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceClassification
     tokens: TokenClassification
     spans: QuestionAnswering
-    def __init__(self, sequence: _Optional[_Union[SequenceClassification, _Mapping]] = ..., tokens: _Optional[_Union[TokenClassification, _Mapping]] = ..., spans: _Optional[_Union[QuestionAnswering, _Mapping]] = ...) -> None: ...
+    choice: MultipleChoice
+    def __init__(self, sequence: _Optional[_Union[SequenceClassification, _Mapping]] = ..., tokens: _Optional[_Union[TokenClassification, _Mapping]] = ..., spans: _Optional[_Union[QuestionAnswering, _Mapping]] = ..., choice: _Optional[_Union[MultipleChoice, _Mapping]] = ...) -> None: ...
 
 class ClassifyResponse(_message.Message):
     __slots__ = ("results", "labels", "scores_as", "usage", "delta")

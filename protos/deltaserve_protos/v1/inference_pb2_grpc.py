@@ -83,7 +83,8 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Classify(self, request, context):
-        """What the delta's head says of each input: labels for it or for each of its tokens, or the spans that answer it.
+        """What the delta's head says of each input: labels for it or for each of its tokens, the spans that answer it, or the
+        best of its choices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -119,6 +119,7 @@ def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
             Task.SEQUENCE_CLASSIFICATION: head,
             Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.TOKENS),
             Task.QUESTION_ANSWERING: _spans(),
+            Task.MULTIPLE_CHOICE: HeadSpec("classifier", Pooling.POOLER, outputs=1),
         },
         pooler=f"{name}.pooler",
         **changes,

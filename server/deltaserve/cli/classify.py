@@ -8,7 +8,7 @@ import typer
 from deltaserve.cli import options, screen, texts
 
 if TYPE_CHECKING:
-    from deltaserve_client import ClassifyResult, Input
+    from deltaserve_client import Classification, ClassifyResult, Input
 
 
 def classify(
@@ -19,6 +19,10 @@ def classify(
     scores_as: Annotated[
         Literal["raw", "softmax", "sigmoid"] | None,
         typer.Option("--scores-as", help="How scores are returned.", show_default="what fits the head"),
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option("--choice", "-c", metavar="TEXT", help="Multiple choice: may follow each input; repeatable."),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -38,10 +42,10 @@ def classify(
     address: options.Address = None,
     timeout: options.Timeout = None,
 ) -> None:
-    """Label texts or each of their tokens, or answer questions by spans of `--pair`: what the delta's head is for."""
+    """Label texts or their tokens, answer questions by spans of `--pair`, or choose: what the delta's head is for."""
     from deltaserve_client.options import ClassifyOptions
 
-    given = texts.inputs(inputs, ids, pairs)
+    given = texts.inputs(inputs, ids, pairs, choices)
     told: Any = options.told(context, ClassifyOptions)
     with options.connected(address) as client:
         result = client.classify(given, **told)
@@ -52,20 +56,37 @@ def classify(
 
 
 def _show(result: "ClassifyResult", given: "Sequence[Input]") -> None:
+    """Of one delta all results are of one kind."""
     both = list(zip(given, result.results, strict=True))
-    answered = [(texts.shown(input), span) for input, each in both for span in each.spans or ()]
-    if any(each.spans is not None for _, each in both):
-        spans = [(input, s.text, f"{s.score:.4f}", f"{s.start_token} to {s.end_token}") for input, s in answered]
-        screen.table(("input", "answer", "score", "tokens"), spans, right=("score",))
-        return
-    whole = [(input, each) for input, each in both if each.tokens is None]
-    if whole:
-        rows = [(texts.shown(input), each.label, *_scores(each.scores)) for input, each in whole]
-        screen.table(("input", "label", *result.labels), rows, right=result.labels)
-    for each in result.results:
-        if each.tokens is not None:
-            labelled = [(t.token or t.id, t.label, *_scores(t.scores)) for t in each.tokens]
+    if any(each.choice is not None for _, each in both):
+        _show_choices(both)
+    elif any(each.spans is not None for _, each in both):
+        _show_spans(both)
+    elif any(each.tokens is not None for _, each in both):
+        for _, each in both:
+            labelled = [(t.token or t.id, t.label, *_scores(t.scores)) for t in each.tokens or ()]
             screen.table(("token", "label", *result.labels), labelled, right=result.labels)
+    else:
+        rows = [(texts.shown(input), each.label, *_scores(each.scores)) for input, each in both]
+        screen.table(("input", "label", *result.labels), rows, right=result.labels)
+
+
+def _show_choices(both: "Sequence[tuple[Input, Classification]]") -> None:
+    rows = [
+        (texts.shown(input), choice, f"{score:.4f}", "best" if place == each.choice else "")
+        for input, each in both
+        for place, (choice, score) in enumerate(zip(input.choices or (), each.scores, strict=True))
+    ]
+    screen.table(("input", "choice", "score", ""), rows, right=("score",))
+
+
+def _show_spans(both: "Sequence[tuple[Input, Classification]]") -> None:
+    rows = [
+        (texts.shown(input), span.text, f"{span.score:.4f}", f"{span.start_token} to {span.end_token}")
+        for input, each in both
+        for span in each.spans or ()
+    ]
+    screen.table(("input", "answer", "score", "tokens"), rows, right=("score",))
 
 
 def _scores(scores: Sequence[float]) -> list[str]:

@@ -28,7 +28,14 @@ def load(
         typer.Option("--replace", help="Allow another content: it becomes the next version.", show_default=False),
     ] = None,
     task: Annotated[
-        Literal["generation", "sequence_classification", "token_classification", "embedding", "question_answering"]
+        Literal[
+            "generation",
+            "sequence_classification",
+            "token_classification",
+            "embedding",
+            "question_answering",
+            "multiple_choice",
+        ]
         | None,
         typer.Option("--task", help="What it does.", show_default="from the checkpoint"),
     ] = None,

@@ -25,11 +25,17 @@ def read(arguments: Sequence[str]) -> list[str]:
     return texts
 
 
-def inputs(arguments: Sequence[str], as_ids: bool, pairs: Sequence[str] | None) -> "list[Input]":
-    """What the client takes. Raises BadParameter."""
+def inputs(
+    arguments: Sequence[str], as_ids: bool, pairs: Sequence[str] | None, choices: Sequence[str] | None = None
+) -> "list[Input]":
+    """What the client takes; every input has all of the choices. Raises BadParameter."""
     from deltaserve_client import Input
 
     texts = read(arguments)
+    if choices:
+        if as_ids or pairs:
+            raise typer.BadParameter("goes with texts, without --ids and --pair", param_hint="--choice")
+        return [Input(text, choices=choices) for text in texts]
     if as_ids and pairs:
         raise typer.BadParameter("goes with texts, not with --ids", param_hint="--pair")
     if as_ids:

@@ -34,11 +34,11 @@ class Delta:
 
     `at[site name]` lists the primitives there. `position_shift` is added to the positions of real tokens (a prefix in
     families with absolute or rotary positions). `pooling` is what the head reads. `labels` is as long as the head is
-    wide, and empty where its outputs are no labels (spans). `problem_type` is `regression`,
+    wide, and empty where its outputs are no labels (spans, choices). `problem_type` is `regression`,
     `single_label_classification` or `multi_label_classification`. With an `invocation` it acts from the start of the
-    last occurrence of these tokens on, and nowhere where they do not occur. `task_id` is which of its checkpoint's tasks
-    it is for, None where the method knows no tasks. `token_types`: whether its head's task is told the segments of a
-    pair.
+    last occurrence of these tokens on, and nowhere where they do not occur. `task_id` is which of its checkpoint's
+    tasks it is for, None where the method knows no tasks. `token_types`: whether its head's task is told the segments
+    of a pair.
 
     `bases` are frozen tensors that other deltas may have too, by `content_key`. A primitive's tensor whose memory lies
     in one of them is a view of it, has unit stride in its last dimension, and is stored and counted with the base.

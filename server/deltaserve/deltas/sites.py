@@ -35,6 +35,7 @@ class Task(StrEnum):
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     TOKEN_CLASSIFICATION = "token_classification"
     QUESTION_ANSWERING = "question_answering"  # extractive: spans of the input
+    MULTIPLE_CHOICE = "multiple_choice"
     EMBEDDING = "embedding"
 
 

@@ -23,6 +23,7 @@ _TASKS = {
     Task.TOKEN_CLASSIFICATION: deltas_pb2.TASK_TOKEN_CLASSIFICATION,
     Task.EMBEDDING: deltas_pb2.TASK_EMBEDDING,
     Task.QUESTION_ANSWERING: deltas_pb2.TASK_QUESTION_ANSWERING,
+    Task.MULTIPLE_CHOICE: deltas_pb2.TASK_MULTIPLE_CHOICE,
 }
 _PROBLEMS = {
     None: deltas_pb2.PROBLEM_TYPE_UNSPECIFIED,
@@ -162,6 +163,12 @@ def tokens(
             ]
         )
     )
+
+
+def choice(raw: Sequence[float], how: inference_pb2.ScoresAs) -> inference_pb2.Classification:
+    """`raw`: one score for each choice of an input."""
+    best = max(range(len(raw)), key=raw.__getitem__)
+    return inference_pb2.Classification(choice=inference_pb2.MultipleChoice(index=best, scores=transformed(raw, how)))
 
 
 def vector(values: Sequence[float], normalize: bool) -> inference_pb2.Embedding:

@@ -66,6 +66,21 @@ class Need:
     wanted: int = 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a request a row comes from: an input, or one of its choices."""
+
+    input: int
+    choice: int | None = None
+
+    @property
+    def field(self) -> str:
+        return f"inputs[{self.input}]" + ("" if self.choice is None else f".choices[{self.choice}]")
+
+    def __str__(self) -> str:
+        return f"input {self.input}" if self.choice is None else f"choice {self.choice} of input {self.input}"
+
+
 class Reader:
     """Reads inputs for one backbone."""
 
@@ -76,16 +91,24 @@ class Reader:
 
     def read(self, asking: Asking, room: Room, needs: Sequence[Need]) -> list[Encoding]:
         """One encoding for each input; `needs` has one for each, too. Raises InvalidArgument, FailedPrecondition."""
+        encodings = []
+        for index, (given, need) in enumerate(zip(asking.inputs, needs, strict=True)):
+            if given.choices:
+                raise InvalidArgument(
+                    f"input {index} has choices; they are for Classify by a delta for multiple choice",
+                    field=f"inputs[{index}].choices",
+                )
+            encodings.append(self.row(asking, given, room, need, Place(index)))
+        return encodings
+
+    def row(self, asking: Asking, given: pb.Input, room: Room, need: Need, place: Place) -> Encoding:
+        """One row, from what stands at `place`. Raises InvalidArgument, FailedPrecondition."""
         cut = _CUTS.get(asking.truncate)
         if cut is None:
             raise InvalidArgument(f"truncate has no value {int(asking.truncate)}", field="truncate")
         special = asking.add_special_tokens if asking.HasField("add_special_tokens") else True
-        encodings = []
-        for index, (given, need) in enumerate(zip(asking.inputs, needs, strict=True)):
-            _check_characters(given, room, index)
-            whole = self._encoded(given, special, f"inputs[{index}]")
-            encodings.append(_fitted(whole, room, need, cut, index))
-        return encodings
+        _check_characters(given, room, place)
+        return _fitted(self._encoded(given, special, place.field), room, need, cut, place)
 
     def continuation(self, given: pb.Continuation, field: str) -> tuple[int, ...]:
         """A continuation's tokens, at least one. Raises InvalidArgument, FailedPrecondition."""
@@ -158,18 +181,18 @@ def check_outputs(room: Room, need: Need, field: str) -> None:
         )
 
 
-def _check_characters(given: pb.Input, room: Room, index: int) -> None:
+def _check_characters(given: pb.Input, room: Room, place: Place) -> None:
     characters, most = len(given.text) + len(given.text_pair), CHARACTERS_A_TOKEN * room.limit
     if characters > most:
         raise InvalidArgument(
-            f"input {index} has {characters} characters; {most} are read at most, for a limit of {room.limit} tokens",
+            f"{place} has {characters} characters; {most} are read at most, for a limit of {room.limit} tokens",
             reason="INPUT_TOO_LONG",
-            field=f"inputs[{index}]",
-            metadata={"input": str(index), "characters": str(characters), "limit": str(most)},
+            field=place.field,
+            metadata={"input": str(place.input), "characters": str(characters), "limit": str(most)},
         )
 
 
-def _fitted(whole: Encoding, room: Room, need: Need, cut: Cut, index: int) -> Encoding:
+def _fitted(whole: Encoding, room: Room, need: Need, cut: Cut, place: Place) -> Encoding:
     least = (1 if need.wanted else 0) if need.outputs is None else need.outputs
     most = room.inputs(least)
     if len(whole.ids) <= most:
@@ -180,7 +203,7 @@ def _fitted(whole: Encoding, room: Room, need: Need, cut: Cut, index: int) -> En
     fitted = whole.cut(max(most, 1), cut)
     if len(fitted.ids) <= most:
         return fitted
-    told = f"input {index} has {len(fitted.ids)} tokens"
+    told = f"{place} has {len(fitted.ids)} tokens"
     parts = [f"{room.prompt} soft-prompt rows"] if room.prompt else []
     if room.shared and (need.outputs or need.outputs is None):
         parts.append(f"{need.label} {need.outputs}" if need.outputs else "at least 1 new token")
@@ -188,9 +211,9 @@ def _fitted(whole: Encoding, room: Room, need: Need, cut: Cut, index: int) -> En
     raise InvalidArgument(
         f"{told}{beside} at most {max(most, 0)} fit the limit of {room.limit} tokens",
         reason="INPUT_TOO_LONG",
-        field=f"inputs[{index}]",
+        field=place.field,
         metadata={
-            "input": str(index),
+            "input": str(place.input),
             "tokens": str(len(fitted.ids)),
             "prompt_rows": str(room.prompt),
             "outputs": str(least),

@@ -48,9 +48,10 @@ class Served:
         most = self.engine.limits.max_queued
         if sequences > most:
             raise InvalidArgument(
-                f"this request is {sequences} sequences, inputs times samples or continuations, and {most} may wait "
-                "(--max-queued); split it",
+                f"this request is {sequences} sequences, inputs times samples, continuations or choices, and {most} "
+                "may wait (--max-queued); split it",
                 reason="REQUEST_TOO_LARGE",
+                field="inputs",
                 metadata={"sequences": str(sequences), "limit": str(most)},
             )
 

@@ -18,7 +18,9 @@ METHODS: Mapping[Job, str] = {
     Job.EMBED: "Embed",
     Job.SCORE: "Score",
 }
-_CLASSIFIED = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING})
+_CLASSIFIED = frozenset(
+    {Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE}
+)
 _ANY = frozenset(Task)
 TASKS: Mapping[Job, frozenset[Task]] = {
     Job.GENERATE: frozenset({Task.GENERATION}),

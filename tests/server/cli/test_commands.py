@@ -110,6 +110,20 @@ def test_classify_spans(command: Any, server: Any) -> None:
     ]
 
 
+def test_classify_choices(command: Any, server: Any) -> None:
+    told = {"choice": {"index": 1, "scores": [0.25, 0.75]}}
+    server.answers["Classify"] = inference_pb2.ClassifyResponse(results=[told, told])
+    done = command("classify", "he", "she", "-c", "runs", "-c", "is red", "-d", "d")
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[0] == ["input", "choice", "score"] and lines[2] == ["he", "runs", "0.2500"]
+    assert lines[3] == ["he", "is", "red", "0.7500", "best"] and lines[5][0] == "she"
+    (sent,) = server.requests
+    assert [[one.text for one in each.choices] for each in sent.inputs] == [["runs", "is red"]] * 2
+    for words in (("--ids",), ("--pair", "a")):
+        done = command("classify", "1", "-c", "x", "-d", "d", *words)
+        assert done.code == 2 and "--choice" in done.err
+
+
 def test_stream(command: Any, server: Any) -> None:
     piece, end = inference_pb2.StreamGenerateResponse, inference_pb2.FINISH_REASON_STOP
     server.answers["StreamGenerate"] = [piece(text="j", ids=[1]), piece(text="a", ids=[2], finish_reason=end)]

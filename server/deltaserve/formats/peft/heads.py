@@ -17,7 +17,9 @@ _TASKS = {
     "SEQ_2_SEQ_LM": Task.GENERATION,
     "FEATURE_EXTRACTION": Task.EMBEDDING,
 }
-CLASSIFIES = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
+GUESSED = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
+"""By their heads, in this order. One of multiple choice is also one of regression: it must be said."""
+CLASSIFIES = (*GUESSED, Task.MULTIPLE_CHOICE)
 
 
 def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
@@ -33,7 +35,7 @@ def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
             reason="TASK_NOT_SERVED",
             metadata={"key": "task_type"},
         )
-    for task in CLASSIFIES:
+    for task in GUESSED:
         head = checkpoint.backbone.heads.get(task)
         if head is not None and checkpoint.below(head.module):
             return task, True

@@ -203,7 +203,7 @@ def _pooling(head: HeadSpec | None, draft: Draft) -> Pooling | None:
 def _labels(
     checkpoint: Checkpoint, draft: Draft, head: HeadSpec | None
 ) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """Labels, problem type, and which of the two were guessed. Spans have neither."""
+    """Labels, problem type, and which of the two were guessed. Spans and choices have neither."""
     wanted, width = checkpoint.wanted, 0 if draft.head is None else draft.head.width
     if head is not None and head.outputs is not None:
         for field in ("labels", "problem_type"):
