@@ -12,10 +12,12 @@ import transformers
 from driven import Driven, written
 from families import FAMILIES, SPECIAL, VOCABULARY
 from methods import HEADS, NO_HEAD, Case
-from reference import Answer, answer, drawn, inputs
+from methods import cases as every
+from reference import Answer, answer, backbone, drawn, inputs
 
 from deltaserve.deltas.sites import Pooling, Task
 from deltaserve.engine.request import Job, Request
+from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.wanted import Wanted
 from deltaserve_kernels.testing import error_ratio
 
@@ -75,10 +77,10 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 def test_multiple_choice_among_all_other_heads(family: str, tmp_path: Path) -> None:
-    cases = [Case(family, method, task) for task in HEADS for method in ("lora", "prefix", "prompt")]
-    cases.append(Case(family, "lora", "FEATURE_EXTRACTION"))
+    tasks = (*HEADS, "FEATURE_EXTRACTION")
+    cases = [case for case in every(family) if case.method in ("lora", "prefix", "prompt") and case.task in tasks]
     models = written(family, cases, tmp_path)
     choosing = [Choosing(family, method, tmp_path) for method in CHOOSING]
     driven = Driven(tmp_path)
@@ -122,6 +124,34 @@ def request(case: Case, number: int, ids: list[int], driven: Driven) -> Request:
     if case.task in HEADS:
         return Request(job=Job.CLASSIFY, **known)
     return Request(job=Job.EMBED, pooling=Pooling.MEAN, **known)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_spans_of_modernbert(tmp_path: Path) -> None:
+    """Its class calls the head `classifier`: PEFT saves it if it is told to, and says nothing if it is not."""
+    backbone(FAMILIES["modernbert"], tmp_path / "backbone")
+    driven, text = Driven(tmp_path), [9, 30, 7, 61, 22]
+    try:
+        for saved in (["classifier"], None):
+            auto = transformers.AutoModelForQuestionAnswering
+            model = auto.from_pretrained(tmp_path / "backbone", dtype=torch.float32, attn_implementation="eager")
+            config = peft.LoraConfig(r=4, target_modules=["Wqkv"], task_type="QUESTION_ANS", modules_to_save=saved)
+            tuned: Any = peft.get_peft_model(model, config)
+            drawn(tuned, 3, trainable=True)
+            tuned.eval().save_pretrained(tmp_path / "where")
+            if saved is None:
+                with pytest.raises(BadCheckpoint, match="no tensors of its head 'classifier'"):
+                    driven.lower("where")
+                continue
+            driven.lower("where")
+            with torch.no_grad():
+                told = tuned(input_ids=torch.tensor([text]))
+            ((_, mine),) = driven.answers(
+                [Request(id="where", job=Job.CLASSIFY, ids=tuple(text), delta=driven.ref("where"))]
+            )
+            assert error_ratio(mine.T, torch.stack((told.start_logits[0], told.end_logits[0]))) <= EXACT
+    finally:
+        driven.stop()
 
 
 @pytest.mark.usefixtures("quiet")

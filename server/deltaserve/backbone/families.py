@@ -176,6 +176,8 @@ FAMILIES: tuple[Family, ...] = (
         heads={
             Task.SEQUENCE_CLASSIFICATION: HeadSpec("classifier", Pooling.POOLER),
             Task.TOKEN_CLASSIFICATION: HeadSpec("classifier", Pooling.POOLER_TOKENS),
+            Task.QUESTION_ANSWERING: HeadSpec("classifier", Pooling.POOLER_TOKENS, outputs=2),
+            Task.MULTIPLE_CHOICE: HeadSpec("classifier", Pooling.POOLER, outputs=1),
         },
         prefix_axis=None,
         pooler="head",
