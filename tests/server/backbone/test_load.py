@@ -124,7 +124,7 @@ def test_a_modernbert_without_its_head_embeds_and_classifies_nothing(tiny, tmp_p
     spec = load(str(tmp_path), dtype="float32", device="cpu").spec
     assert not spec.heads and "model.layers.0.attn.Wqkv" in spec.sites
     assert not any(name.startswith("head") for name in spec.sites)
-    assert "no head: deltas for sequence_classification and token_classification will be refused" in caplog.text
+    assert "no head: deltas for sequence_classification" in caplog.text and "multiple_choice" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "modernbert-mean"])
@@ -136,6 +136,8 @@ def test_a_modernbert_classifier_is_a_backbone_too(kind, tiny, tmp_path):
     assert {task: head.pooling for task, head in backbone.spec.heads.items()} == {
         Task.SEQUENCE_CLASSIFICATION: whole,
         Task.TOKEN_CLASSIFICATION: Pooling.POOLER_TOKENS,
+        Task.QUESTION_ANSWERING: Pooling.POOLER_TOKENS,
+        Task.MULTIPLE_CHOICE: whole,
     }
     assert not any("decoder" in name or "classifier" in name for name in backbone.spec.modules)
     assert torch.equal(backbone.weights("head.dense"), load_file(tmp_path / "model.safetensors")["head.dense.weight"])
