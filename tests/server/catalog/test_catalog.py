@@ -47,7 +47,8 @@ def test_requests_see_a_version_when_it_is_admitted(catalog: Catalog) -> None:
     with pytest.raises(NotFound, match="a@1 is loading"):
         catalog.resolve(parse("a"))
     assert catalog.find(parse("a")).state is State.LOADING and catalog.current("a") is None
-    assert catalog.admit(version.key, 100) is None
+    assert catalog.admit(version.key, 100, 7) is None
+    assert (catalog.resolve(parse("a")).device_bytes, catalog.resolve(parse("a")).shared_bytes) == (100, 7)
     assert catalog.resolve(parse("a")).label == catalog.resolve(parse("a@1")).label == "a@1"
     assert catalog.resolve(parse("a")).now({version.key}) is State.RESIDENT
     assert catalog.resolve(parse("a")).now(()) is State.EVICTED
