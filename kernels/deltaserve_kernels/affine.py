@@ -1,9 +1,13 @@
 """Affine: u = x ⊙ in_scale on the input side, y = y ⊙ scale + shift on the output side. IA³, BitFit."""
 
+from collections.abc import Sequence
+
 import torch
 
+from deltaserve_kernels.dispatch import Implementation, choose
 from deltaserve_kernels.rowmap import RowMap
-from deltaserve_kernels.slots import SlotTable
+from deltaserve_kernels.slots import Entry, SlotTable
+from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
 
 _IN, _SCALE, _SHIFT = range(3)
 
@@ -13,6 +17,12 @@ class AffineTable(SlotTable):
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(3, capacity, device)
+        self.stacks = Stacks(_stacked)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the stacked copies."""
+        return self.stacks.nbytes
 
 
 def scale_input(x: torch.Tensor, rowmap: RowMap, table: AffineTable) -> torch.Tensor:
@@ -22,12 +32,11 @@ def scale_input(x: torch.Tensor, rowmap: RowMap, table: AffineTable) -> torch.Te
     """
     if not table.touches(rowmap):
         return x
-    out = x
-    for run, entry in table.entries(rowmap):
-        scale = entry.tensors[_IN]
-        if scale is not None:
-            out = x.clone() if out is x else out
-            out[run.start : run.stop] = (x[run.start : run.stop].float() * scale.float()).to(x.dtype)
+    found = [each for each in table.entries(rowmap) if each[1].tensors[_IN] is not None]
+    if not found:
+        return x
+    out = x.clone()
+    _INPUTS[choose(x.device)](out, found, rowmap, table)
     return out
 
 
@@ -35,9 +44,66 @@ def scale_output(y: torch.Tensor, rowmap: RowMap, table: AffineTable) -> None:
     """y = y ⊙ scale + shift in place. y fp32 [rows, out]; bare rows are not touched."""
     if not table.touches(rowmap):
         return
-    for run, entry in table.entries(rowmap):
+    found = [each for each in table.entries(rowmap) if any(t is not None for t in each[1].tensors[_SCALE:])]
+    if found:
+        _OUTPUTS[choose(y.device)](y, found, rowmap, table)
+
+
+def reference_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    for run, entry in found:
+        scale = entry.tensors[_IN]
+        assert scale is not None
+        part = out[run.start : run.stop]
+        part.copy_(part.float() * scale.float())
+
+
+def reference_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    for run, entry in found:
         part, scale, shift = y[run.start : run.stop], entry.tensors[_SCALE], entry.tensors[_SHIFT]
         if scale is not None:
             part.mul_(scale.float())
         if shift is not None:
             part.add_(shift.float())
+
+
+def cpu_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    """Short runs in one go, each row by its own row of the stack."""
+    short, long = parted(found)
+    if short:
+        grid = rowmap.grid([run for run, _ in short])
+        scale = table.stacks.of(short, table.generation)[_IN]
+        assert scale is not None
+        out[grid.rows] = (out[grid.rows] * scale.index_select(0, grid.each)).to(out.dtype)
+    reference_input(out, long, rowmap, table)
+
+
+def cpu_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    short, long = parted(found)
+    if short:
+        grid = rowmap.grid([run for run, _ in short])
+        _, scale, shift = table.stacks.of(short, table.generation)
+        part = y[grid.rows]
+        if scale is not None:
+            part.mul_(scale.index_select(0, grid.each))
+        if shift is not None:
+            part.add_(shift.index_select(0, grid.each))
+        if not isinstance(grid.rows, slice):
+            y[grid.rows] = part
+    reference_output(y, long, rowmap, table)
+
+
+def _stacked(entries: Sequence[Entry]) -> Stack:
+    """fp32 [slots, width] of each column: ones and zeros where a slot has nothing, None where none has."""
+    return tuple(_column([entry.tensors[column] for entry in entries], column) for column in range(3))
+
+
+def _column(tensors: Sequence[torch.Tensor | None], column: int) -> torch.Tensor | None:
+    first = next((tensor for tensor in tensors if tensor is not None), None)
+    if first is None:
+        return None
+    nothing = torch.full(first.shape, float(column != _SHIFT), device=first.device)
+    return torch.stack([nothing if tensor is None else tensor.float() for tensor in tensors])
+
+
+_INPUTS = {Implementation.REFERENCE: reference_input, Implementation.CPU: cpu_input}
+_OUTPUTS = {Implementation.REFERENCE: reference_output, Implementation.CPU: cpu_output}

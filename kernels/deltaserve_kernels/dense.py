@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from deltaserve_kernels.dispatch import Implementation, choose
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
@@ -27,6 +28,10 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -
     """
     if not table.touches(rowmap):
         return
+    _PATHS[choose(y.device)](y, x, rowmap, table)
+
+
+def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -> None:
     for run, entry in table.entries(rowmap):
         weight, bias = entry.tensors
         assert weight is not None
@@ -37,6 +42,18 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -
             y[run.start : run.stop] = product
         else:
             y[run.start : run.stop] += product
+
+
+def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -> None:
+    """Products go where they are wanted: what a slot costs is reading its weight, and nothing stands beside it."""
+    for run, entry in table.entries(rowmap):
+        weight, bias = entry.tensors
+        assert weight is not None
+        part = y[run.start : run.stop]
+        # With beta 0 what was there is not read.
+        part.addmm_(x[run.start : run.stop].float(), weight.float().T, beta=0 if entry.scalars[0] else 1)
+        if bias is not None:
+            part.add_(bias.float())
 
 
 def heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]) -> list[torch.Tensor]:
@@ -55,3 +72,6 @@ def heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]
         out.extend(hidden.unbind(0))
     assert len(out) == rowmap.rows, "a row without a head"
     return out
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}

@@ -1,6 +1,6 @@
 """RowMap: for one row axis of a forward, each row's slot and an order that sorts rows by slot."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,47 @@ class Run:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The rows of some runs as [runs, depth]; a run of fewer rows has its last one several times.
+
+    `rows`: where they stand, a slice where that is one. `each` int64 [rows]: the number of a row's run. `padded` int64
+    [runs · depth] and `back` int64 [rows], None where all runs are equally long: the rows to take, and where each of
+    them is then.
+    """
+
+    runs: int
+    depth: int
+    rows: slice | torch.Tensor
+    each: torch.Tensor
+    padded: torch.Tensor | None
+    back: torch.Tensor | None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], device: torch.device) -> "Grid":
+        """Of at least one run, in row order."""
+        depth = max(run.rows for run in runs)
+        numbers = [row for run in runs for row in range(run.start, run.stop)]
+        together = numbers[-1] - numbers[0] + 1 == len(numbers)
+        rows = slice(numbers[0], numbers[-1] + 1) if together else torch.tensor(numbers, device=device)
+        each = torch.tensor([number for number, run in enumerate(runs) for _ in range(run.rows)], device=device)
+        if all(run.rows == depth for run in runs):
+            return cls(len(runs), depth, rows, each, None, None)
+        padded = [min(run.start + at, run.stop - 1) for run in runs for at in range(depth)]
+        back = [number * depth + at for number, run in enumerate(runs) for at in range(run.rows)]
+        return cls(len(runs), depth, rows, each, torch.tensor(padded, device=device), torch.tensor(back, device=device))
+
+    def taken(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows of the axis, width] -> [runs, depth, width]."""
+        found = x[self.rows] if self.padded is None else x.index_select(0, self.padded)
+        return found.view(self.runs, self.depth, -1)
+
+    def given(self, y: torch.Tensor) -> torch.Tensor:
+        """y [runs, depth, width] -> [rows, width], as they stand in `rows`."""
+        flat = y.reshape(self.runs * self.depth, -1)
+        return flat if self.back is None else flat.index_select(0, self.back)
+
+
 class RowMap:
     """Built once per axis and forward; the tensors are made when a kernel first asks for them.
 
@@ -36,6 +77,7 @@ class RowMap:
         self.device = device
         self.active: tuple[int, ...] = tuple(sorted({run.slot for run in runs}))
         self.bare = not runs
+        self._grids: dict[tuple[int, ...], Grid] = {}
 
     @classmethod
     def of(cls, runs: Iterable[tuple[int, int]], device: torch.device) -> "RowMap":
@@ -50,6 +92,14 @@ class RowMap:
                     joined.append(Run(slot, at, at + count))
             at += count
         return cls(at, tuple(joined), device)
+
+    def grid(self, runs: Sequence[Run]) -> Grid:
+        """Of some of `runs`; all layers of a forward ask for the same few."""
+        key = tuple([run.start for run in runs])
+        found = self._grids.get(key)
+        if found is None:
+            found = self._grids[key] = Grid.of(runs, self.device)
+        return found
 
     @cached_property
     def slots(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltaserve_kernels import dense, embed
+from deltaserve_kernels.dispatch import forced
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.testing import error_ratio, poisoned
 
@@ -13,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("inner", "outer"), [(33, 17), (1, 7), (48, 96)])
-def test_weights_are_added_or_replace(inner, outer, dtype, spread, rows_of):
+def test_weights_are_added_or_replace(inner, outer, dtype, spread, rows_of, implementation):
     rowmap, each = rows_of(spread, 5)
     table = dense.DenseTable(8, CPU)
     for slot in range(5):
@@ -23,7 +24,8 @@ def test_weights_are_added_or_replace(inner, outer, dtype, spread, rows_of):
     ours = y.clone()
     replaced = [slot >= 3 for slot in each]
     ours[replaced] = poisoned(sum(replaced), outer)  # what is replaced may hold anything
-    dense.apply(ours, x, rowmap, table)
+    with forced(implementation):
+        dense.apply(ours, x, rowmap, table)
     expected = y.double()
     for row, slot in enumerate(each):
         if slot >= 0:

@@ -35,3 +35,21 @@ def test_order_is_a_stable_sort_by_slot(runs: list[tuple[int, int]]):
     covered = [(row, run.slot) for run in rowmap.runs for row in range(run.start, run.stop)]
     assert covered == [(i, s) for i, s in enumerate(each) if s != BARE]
     assert all(a.stop < b.start or a.slot != b.slot for a, b in zip(rowmap.runs, rowmap.runs[1:], strict=False))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 5)), max_size=12), st.integers(0, 4))
+def test_a_grid_takes_rows_and_gives_them_back(runs: list[tuple[int, int]], left_out: int):
+    rowmap = RowMap.of(runs, CPU)
+    chosen = [run for run in rowmap.runs if run.slot != left_out]
+    if not chosen:
+        return
+    grid, x = rowmap.grid(chosen), torch.arange(rowmap.rows * 3.0).view(rowmap.rows, 3)
+    taken = grid.taken(x)
+    assert taken.shape == (len(chosen), max(run.rows for run in chosen), 3)
+    for run, rows in zip(chosen, taken, strict=True):
+        assert torch.equal(rows[: run.rows], x[run.start : run.stop])
+        assert (rows[run.rows :] == x[run.stop - 1]).all()
+    assert torch.equal(grid.given(taken), x[grid.rows])
+    assert grid.each.tolist() == [number for number, run in enumerate(chosen) for _ in range(run.rows)]
+    assert rowmap.grid(chosen) is grid
