@@ -27,17 +27,18 @@ def interleaved(
     device: torch.device,
     seed: int,
     done: Callable[[], object] = _nothing,
+    warm: bool = True,
 ) -> Mapping[str, list[float]]:
     """Seconds by variant, one for each round; in a round each variant runs once, in an order drawn anew.
 
     Every timed run comes right after an untimed one of the same variant, so that none pays for the caches that another
-    has emptied. `done` is called after each.
+    has emptied; without `warm` it does not, where one run fills them many times over. `done` is called after each.
     """
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for _ in range(rounds):
         for variant in order.sample(variants, len(variants)):
-            for _ in range(2):
+            for _ in range(1 + warm):
                 variant.before()
                 _wait(device)
                 begin = time.perf_counter()

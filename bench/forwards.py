@@ -1,4 +1,4 @@
-"""The same rows of eight requests as two forwards: ours, packed; and transformers' own, one batch of equal lengths."""
+"""The same rows of some requests as two forwards: ours, packed; and transformers' own, one batch of equal lengths."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from bench.shapes import Twins
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.sites import Pooling
 from deltaserve.engine.planner import Planner
-from deltaserve.engine.request import Job, Request, Sampling
+from deltaserve.engine.request import DeltaRef, Job, Request, Sampling
 from deltaserve.engine.scheduler import Batch, Chunk
 from deltaserve.engine.sequence import Sequence as Running
 from deltaserve.plan import Plan
@@ -33,16 +33,22 @@ class Forwards:
     restore: Callable[[], None]
 
 
-def encode(pair: Twins, requests: int, tokens: int, seed: int) -> Forwards:
-    """Hidden rows of `requests` inputs of `tokens` tokens each; an encoder."""
-    ids = _ids(pair.ours, requests, tokens, seed)
+def encode(pair: Twins, requests: int, tokens: int, seed: int, prompt: int = 0) -> Forwards:
+    """Hidden rows of `requests` inputs of `tokens` tokens each; an encoder.
+
+    With `prompt`, deltas bring as many soft-prompt rows; a bare request has as many more tokens.
+    """
+    ids = _ids(pair.ours, requests, prompt + tokens, seed)
     planner, given = Planner(pair.ours), ids.to(pair.ours.device)
 
     def plan(slots: Sequence[int]) -> Plan:
         chunks = []
         for number, (slot, row) in enumerate(zip(slots, ids.tolist(), strict=True)):
-            request = Request(f"r{number}", Job.EMBED, tuple(row), pooling=Pooling.MEAN)
-            chunks.append(Chunk(_running(pair.ours, request, slot), 0, tokens))
+            bare = slot < 0 or not prompt
+            ref = None if bare else DeltaRef(slot, f"d{slot}@1", ("prompt-tuning",), prompt_length=prompt)
+            own = tuple(row if bare else row[prompt:])
+            request = Request(f"r{number}", Job.EMBED, own, delta=ref, pooling=Pooling.MEAN)
+            chunks.append(Chunk(_running(pair.ours, request, slot), 0, prompt + tokens))
         return planner.layout(Batch((), tuple(chunks))).plan
 
     def ours(plan: Plan) -> torch.Tensor:

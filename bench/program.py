@@ -1,6 +1,7 @@
 """The commands of `python -m bench`."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from bench import gpu as on_gpu
 from bench import micro as forward_costs
+from bench import mixed as kind_costs
 from bench import report as results
 from bench import screen
 from bench.origin import ROOT, origin
@@ -25,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+_LORAS = "one forward of 8 requests ÷ transformers' own, medians of rounds"
+_KINDS = "one forward of 32 requests for 16 deltas ÷ the bare backbone's on as many rows, medians of rounds"
 
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Tiny backbones: to try the bench out, not for figures.")]
@@ -43,24 +48,30 @@ def micro(
     seed: Seed = 0,
     only: Annotated[str, typer.Option(help="Cases whose name has this in it; the others' rows stay.")] = "",
 ) -> None:
-    """The cost of a packed forward: without deltas, with deltas that no row uses, with a LoRA for each request."""
+    """The cost of a packed forward: bare, with deltas that no row uses, with a LoRA for each request; of each kind."""
     place = _start(device, threads)
-    chosen = [case for case in forward_costs.cases(place, quick=quick, tiny=tiny) if only in str(case)]
-    if not chosen:
+    of_loras = [case for case in forward_costs.cases(place, quick=quick, tiny=tiny) if only in str(case)]
+    of_kinds = [case for case in kind_costs.cases(quick=quick, tiny=tiny) if only in str(case)]
+    work: list[tuple[str, int, Callable[[Callable[[], object]], list[Row]]]] = [
+        *((str(c), c.rounds * forward_costs.VARIANTS, partial(forward_costs.run, c, place, seed)) for c in of_loras),
+        *((str(c), c.rounds * kind_costs.VARIANTS, partial(kind_costs.run, c, place, seed)) for c in of_kinds),
+    ]
+    if not work:
         raise typer.BadParameter(f"no case has {only!r} in its name", param_hint="--only")
     rows: list[Row] = []
     with screen.progress(console) as bar:
-        for case in chosen:
+        for case, total, measure in work:
             if wait:
                 wait_for_quiet(wait * 60)
-            task = bar.add_task(str(case), total=case.rounds * forward_costs.VARIANTS)
-            rows += forward_costs.run(case, place, seed, partial(bar.advance, task))
+            task = bar.add_task(case, total=total)
+            rows += measure(partial(bar.advance, task))
             if not console.is_terminal:
                 console.print(f"done: {case}; others kept {rows[-1].others:.2f} cores busy")
     write(out, rows, origin(seed, place), keep=bool(only))
-    console.print(
-        screen.times(rows, forward_costs.KEYS, "one forward of 8 requests ÷ transformers' own, medians of rounds")
-    )
+    split = sum(row.name.startswith("micro.") for row in rows)
+    for own, keys, title in ((rows[:split], forward_costs.KEYS, _LORAS), (rows[split:], kind_costs.KEYS, _KINDS)):
+        if own:
+            console.print(screen.times(own, keys, title))
     console.print(f"{len(rows)} rows in {out}")
     raise typer.Exit(any(row.outcome == "wrong" for row in rows))
 

@@ -1,7 +1,7 @@
 """Results as Markdown, as the README quotes them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,56 @@ COLUMNS = {
 
 
 def table(file: Path) -> str:
-    """The forward of `micro` as ratios to transformers' own, and where they were measured."""
+    """The forwards of `micro` as ratios, each table with a line on where it was measured."""
+    rows = list(_rows(file))
+    parts = [_loras([row for row in rows if row["name"].startswith("micro.")])]
+    of_kinds = [row for row in rows if row["name"].startswith("kinds.")]
+    return "\n\n".join(parts + ([_kinds(of_kinds)] if of_kinds else []))
+
+
+def _loras(rows: Sequence[dict[str, Any]]) -> str:
+    """Ratios to transformers' own forward."""
     cases: dict[tuple[str, ...], dict[str, str]] = {}
-    origin: dict[str, Any] = {}
-    others = 0.0
-    for row in _rows(file):
-        told, origin, others = row["parameters"], row["origin"], max(others, row["others"])
+    for row in rows:
+        told = row["parameters"]
         key = (told["shape"], _work(told), told["dtype"])
         cases.setdefault(key, {})[told["variant"]] = f"{row['ratio']['median']:.2f}"
     head = ["backbone", "8 requests", "dtype", *COLUMNS.values()]
     lines = [head, ["---"] * 3 + ["--:"] * len(COLUMNS)]
     lines += [[*key, *(ratios.get(variant, "") for variant in COLUMNS)] for key, ratios in cases.items()]
-    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{_markdown(lines)}\n\nMedians over rounds; {_where(rows)}."
+
+
+def _kinds(rows: Sequence[dict[str, Any]]) -> str:
+    """Ratios to the bare backbone's forward, and megabytes of one delta; one line for each kind."""
+    works: dict[tuple[str, str], None] = {}
+    kinds: dict[tuple[str, str], dict[tuple[str, str], tuple[str, str]]] = {}
+    for row in rows:
+        told = row["parameters"]
+        work = (told["shape"], f"{_work(told)}, {told['dtype']}")
+        works[work] = None
+        cell = (f"{row['ratio']['median']:.2f}", f"{row['nbytes'] / told['deltas'] / 1e6:.1f}")
+        kinds.setdefault((told["kind"], told["at"]), {})[work] = cell
+    order = sorted(kinds, key=lambda kind: not kind[1])  # the mix, which is at no place of its own, is last
+    head = ["kind", "at", *(cell for shape, work in works for cell in (f"{shape}, {work}", "MB"))]
+    lines = [head, ["---"] * 2 + ["--:"] * (2 * len(works))]
+    lines += [[*kind, *(cell for work in works for cell in kinds[kind].get(work, ("", "")))] for kind in order]
+    said = (
+        "One forward of 32 requests for 16 deltas of one kind, and for one delta of each of 16 kinds, divided by the "
+    )
+    said += "bare backbone's on as many rows; MB of one delta on the device (of the mix, on average):"
+    return f"{said}\n\n{_markdown(lines)}\n\nMedians over rounds; {_where(rows)}."
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _where(rows: Sequence[dict[str, Any]]) -> str:
+    origin, others = rows[-1]["origin"], max(row["others"] for row in rows)
     where = f"{origin['cpu'].split(' avx')[0]}, {origin['threads']} threads, torch {origin['versions']['torch']}"
     beside = f"; beside it other work kept up to {others:.1f} cores busy" if others > QUIET else ""
-    return f"{rows}\n\nMedians over rounds; {where}; {origin['date'][:10]}{beside}."
+    return f"{where}; {origin['date'][:10]}{beside}"
 
 
 def quote(readme: Path, file: Path) -> None:

@@ -31,7 +31,8 @@ class Row:
 
     `seconds` is the time of one run; `ratio` that time over the one of the variant `against` in the same round, so what
     slows the whole machine for a while is in both. `error_ratio` compares results with a reference and is right up to
-    `limit`. `others`: cores that other processes kept busy meanwhile. `note` says why a row is left out.
+    `limit`. `nbytes`: of the deltas on the device, together. `others`: cores that other processes kept busy meanwhile.
+    `note` says why a row is left out.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     against: str | None = None
     error_ratio: float | None = None
     limit: float | None = None
+    nbytes: int | None = None
     others: float | None = None
     note: str = ""
 

@@ -16,15 +16,18 @@ def progress(console: Console) -> Progress:
 
 
 def times(rows: Iterable[Row], keys: Sequence[str], title: str) -> Table:
-    """Medians and quartiles of timed rows; `keys` are the parameters that tell them apart."""
+    """Medians and quartiles of timed rows; `keys` are the parameters that tell them apart.
+
+    The first four make a group. MB are those of the deltas on the device.
+    """
     table = Table(title=title, title_justify="left")
     for key in keys:
         table.add_column(key)
-    for name in ("ms", "ratio", "quartiles", "error"):
+    for name in ("ms", "ratio", "quartiles", "error", "MB"):
         table.add_column(name, justify="right")
     before = ""
     for row in rows:
-        group = " ".join(str(row.parameters.get(key, "")) for key in keys[:-1])
+        group = " ".join(str(row.parameters.get(key, "")) for key in keys[:4])
         if before and group != before:
             table.add_section()
         before = group
@@ -45,12 +48,13 @@ def checks(rows: Iterable[Row], title: str) -> Table:
     return table
 
 
-def _measured(row: Row) -> tuple[str, str, str, str]:
+def _measured(row: Row) -> tuple[str, str, str, str, str]:
     if row.seconds is None:
-        return (row.outcome, "", "", row.note)
+        return (row.outcome, "", "", row.note, "")
     ratio = row.ratio or Spread(float("nan"), float("nan"), float("nan"), 0)
     error = _number(row.error_ratio) + (" WRONG" if row.outcome == "wrong" else "")
-    return (f"{row.seconds.median * 1e3:.1f}", f"{ratio.median:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", error)
+    told = "" if row.nbytes is None else f"{row.nbytes / 1e6:.1f}"
+    return (f"{row.seconds.median * 1e3:.1f}", f"{ratio.median:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", error, told)
 
 
 def _number(value: float | None) -> str:

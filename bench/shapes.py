@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedModel, T5Config
+from transformers.initialization import no_init_weights
 
 from deltaserve.backbone import attention
 from deltaserve.backbone.families import family_of
@@ -69,13 +70,19 @@ def backbone(shape: str, dtype: torch.dtype, device: torch.device, seed: int, sc
     return Backbone(name=shape, family=family, model=model, tokenizer=None)
 
 
-def sharing(shape: str, ours: Backbone) -> PreTrainedModel:
-    """transformers' own model over the weights of `ours`, with torch's fused attention."""
-    plain = _model(ours.family.loader, SHAPES[shape](), ours.dtype, "sdpa")
+def sharing(shape: str, ours: Backbone, headed: bool = False) -> PreTrainedModel:
+    """transformers' own model over the weights of `ours`, with torch's fused attention; `headed`, as a classifier."""
+    with no_init_weights():
+        plain = _model(ours.family.loader, SHAPES[shape](), ours.dtype, "sdpa")
+        whole = _model("AutoModelForSequenceClassification", SHAPES[shape](), ours.dtype, "sdpa") if headed else plain
     if hasattr(plain, "pooler"):
         plain.pooler = None
     plain.load_state_dict(ours.model.state_dict(), assign=True)
-    return plain.to(ours.device).eval().requires_grad_(False)
+    if headed:
+        setattr(whole, ours.spec.prefix, plain)
+        torch.nn.init.normal_(whole.classifier.weight, std=0.02)
+        torch.nn.init.zeros_(whole.classifier.bias)
+    return whole.to(ours.device).eval().requires_grad_(False)
 
 
 def _model(loader: str, config: Any, dtype: torch.dtype, attention_name: str) -> PreTrainedModel:

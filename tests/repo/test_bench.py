@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 VARIANTS = 6
+MIXED = "4 kinds mixed"
 MEASURED = {"median", "low", "high", "samples"}
 
 
@@ -29,7 +30,7 @@ def test_micro(root: Path, tmp_path: Path) -> None:
     done = bench(root, "micro", "--quick", "--tiny", "--threads", "1", "--out", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PEFT mixed batch" in done.stdout
-    found = rows(file)
+    found = [row for row in rows(file) if row["name"].startswith("micro.")]
     cases = {json.dumps({**row["parameters"], "variant": ""}) for row in found}
     assert len(found) == VARIANTS * len(cases)
     assert len(cases) >= 3
@@ -41,6 +42,19 @@ def test_micro(root: Path, tmp_path: Path) -> None:
         assert row["origin"]["versions"]["torch"]
     checked = {row["parameters"]["variant"] for row in found if row["error_ratio"] is not None}
     assert len(checked) == 4, "all of ours are compared with transformers' or PEFT's result"
+
+    of_kinds = [row for row in rows(file) if row["name"].startswith("kinds.")]
+    assert {row["parameters"]["kind"] for row in of_kinds} >= {"lora", "boft", "prompt-tuning", "head", MIXED}
+    assert len(of_kinds) >= 12
+    for row in of_kinds:
+        assert row["outcome"] == "measured" and row["error_ratio"] <= row["limit"]
+        assert set(row["seconds"]) == set(row["ratio"]) == MEASURED
+        assert row["nbytes"] > 0
+    told = {row["parameters"]["kind"]: row["parameters"]["rows"] for row in of_kinds if row["name"] == "kinds.encode"}
+    assert told["prompt-tuning"] == told["lora"] + 32 * 20
+    report = bench(root, "report", str(file))
+    assert report.returncode == 0, report.stderr
+    assert f"| {MIXED} |" in report.stdout and "| boft | all linears |" in report.stdout
 
 
 def test_gpu_says_that_there_is_none(root: Path, tmp_path: Path) -> None:
