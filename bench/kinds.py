@@ -81,7 +81,10 @@ TINY = tuple(kind for kind in MIX if kind.name in ("lora", "ia3", "ln-tuning", "
 
 
 def of_kind(kind: Kind, backbone: Backbone, shape: str, count: int, tokens: Sequence[int], seed: int) -> list[Delta]:
-    """`count` deltas: one that PEFT made, and the same with its numbers times others, all in memory of their own."""
+    """`count` deltas: one that PEFT made, and the same with its numbers times others, in memory of their own.
+
+    They have what such deltas share (VeRA's projections) in common.
+    """
     with tempfile.TemporaryDirectory() as place:
         _save(kind, backbone, shape, tokens, seed, Path(place))
         first = read(Path(place), backbone.spec, backbone.weights)
@@ -89,7 +92,10 @@ def of_kind(kind: Kind, backbone: Backbone, shape: str, count: int, tokens: Sequ
 
 
 def _times(delta: Delta, factor: float) -> Delta:
-    return mapped(delta, lambda tensor: tensor * factor if tensor.is_floating_point() else tensor.clone())
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * factor if tensor.is_floating_point() else tensor.clone()
+
+    return mapped(delta, one, delta.bases)
 
 
 def _save(kind: Kind, backbone: Backbone, shape: str, tokens: Sequence[int], seed: int, place: Path) -> None:

@@ -116,7 +116,7 @@ def run(case: Case, device: torch.device, seed: int, advance: Callable[[], objec
         against=BARE,
         error_ratio=error,
         limit=EXACT,
-        nbytes=sum(delta.nbytes for delta in held),
+        nbytes=_nbytes(held),
         others=others.cores,
     )
     return [row]
@@ -127,6 +127,12 @@ def _assert_moved(case: Case, ours: torch.Tensor, bare: torch.Tensor) -> None:
     pairs = zip(ours.tensor_split(DELTAS), bare.tensor_split(DELTAS), strict=True)
     least = min(error_ratio(one, other) for one, other in pairs)
     assert least >= MOVED, f"{case}: a delta moves its rows by {least:.1e} only"
+
+
+def _nbytes(held: Sequence[Delta]) -> int:
+    """As in the pool: bases once."""
+    bases = {key: base for delta in held for key, base in delta.bases.items()}
+    return sum(delta.nbytes for delta in held) + sum(base.numel() * base.element_size() for base in bases.values())
 
 
 class _Answers:

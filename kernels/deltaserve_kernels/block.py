@@ -1,6 +1,6 @@
 """Block: rows times a block-diagonal matrix, before or after a linear. OFT, BOFT, RoAd."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,22 +14,24 @@ _SMALL = 8
 
 
 class BlockTable(SlotTable):
-    """One column: blocks [n, b, b] with n · b the width of the rows. n and b differ freely between slots."""
+    """One column: blocks [n, b, b] with n · b the width of the rows, or [m, b, b, s] with m · b · s, which turn what
+    stands s apart. They differ freely between slots.
+    """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(1, capacity, device)
-        self.stacks: dict[int, Stacks] = {}
+        self.stacks: dict[torch.Size, Stacks] = {}
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of the stacked copies."""
         return sum(stacks.nbytes for stacks in self.stacks.values())
 
-    def stack(self, found: Found, width: int) -> torch.Tensor:
-        """fp32 blocks of these runs' slots, all of one width: [slots, n, b, b], small ones [slots, b, b, n]."""
-        stacks = self.stacks.get(width)
+    def stack(self, found: Found, shape: torch.Size) -> torch.Tensor:
+        """See `_stacked`; of these runs' slots, whose blocks are all of one shape."""
+        stacks = self.stacks.get(shape)
         if stacks is None:
-            stacks = self.stacks[width] = Stacks(lambda entries: (_stacked(entries),))
+            stacks = self.stacks[shape] = Stacks(lambda entries: (_stacked(entries),))
         (blocks,) = stacks.of(found, self.generation)
         assert blocks is not None
         return blocks
@@ -63,45 +65,53 @@ def reference(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTa
 def cpu(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:
     """Short runs whose blocks are alike in one batched product."""
     short, long = parted(table.entries(rowmap))
-    alike: dict[int, Found] = {}
+    alike: dict[torch.Size, Found] = {}
     for each in short:
-        alike.setdefault(_blocks(each[1]).shape[-1], []).append(each)
-    for width, found in alike.items():
+        alike.setdefault(_blocks(each[1]).shape, []).append(each)
+    for shape, found in alike.items():
         grid = rowmap.grid([run for run, _ in found])
-        multiply = _small if width <= _SMALL else _batched
-        out[grid.rows] = grid.given(multiply(grid.taken(x).float(), table.stack(found, width))).to(out.dtype)
+        out[grid.rows] = grid.given(_way(shape)(grid.taken(x).float(), table.stack(found, shape))).to(out.dtype)
     for run, entry in long:
-        part, blocks = x[run.start : run.stop].float(), _blocks(entry)
-        if blocks.shape[-1] <= _SMALL:
-            turned = _small(part.unsqueeze(0), _stacked([entry])).view(part.shape)
-        else:
-            turned = _product(part, blocks)
-        out[run.start : run.stop] = turned.to(out.dtype)
+        part = x[run.start : run.stop].float().unsqueeze(0)
+        out[run.start : run.stop] = _way(_blocks(entry).shape)(part, _stacked([entry]))[0].to(out.dtype)
 
 
-def _product(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """x fp32 [rows, width], blocks [n, b, b]."""
-    count, width, _ = blocks.shape
-    parts = x.view(x.shape[0], count, width).transpose(0, 1)
-    return torch.bmm(parts, blocks.float()).transpose(0, 1).reshape(x.shape)
+def _way(shape: torch.Size) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Of x fp32 [slots, depth, width] and `_stacked` blocks of this shape to x′."""
+    if len(shape) == 4:
+        return _apart
+    return _together if shape[-1] > _SMALL else _small
 
 
-def _batched(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """x fp32 [slots, depth, width], blocks [slots, n, b, b]."""
+def _together(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     slots, count, width, _ = blocks.shape
     parts = x.view(slots, -1, count, width).transpose(1, 2).reshape(slots * count, -1, width)
     turned = torch.bmm(parts, blocks.view(slots * count, width, width))
     return turned.view(slots, count, -1, width).transpose(1, 2).reshape(x.shape)
 
 
-def _small(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """x fp32 [slots, depth, width], blocks [slots, b, b, n]: column i of all blocks at once."""
-    slots, width, _, count = blocks.shape
-    parts = x.view(slots, -1, count, width).transpose(2, 3).contiguous()
-    total = parts[:, :, :1] * blocks[:, None, 0]
+def _apart(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Column i of all blocks at one time."""
+    slots, groups, width, _, apart = blocks.shape
+    parts = x.view(slots, x.shape[1], groups, width, apart)
+    total = parts[:, :, :, :1] * blocks[:, None, :, 0]
     for i in range(1, width):
-        total.addcmul_(parts[:, :, i : i + 1], blocks[:, None, i])
-    return total.transpose(2, 3).reshape(x.shape)
+        total.addcmul_(parts[:, :, :, i : i + 1], blocks[:, None, :, i])
+    return total.view(x.shape)
+
+
+def _small(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """As if what stands together stood apart."""
+    slots, _, width, _, count = blocks.shape
+    parts = x.view(slots, x.shape[1], count, width).transpose(2, 3).reshape(x.shape)
+    return _apart(parts, blocks).view(slots, x.shape[1], width, count).transpose(2, 3).reshape(x.shape)
+
+
+def _product(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x fp32 [rows, width]."""
+    spaced = blocks if blocks.ndim == 4 else blocks.unsqueeze(-1)
+    parts = x.view(x.shape[0], spaced.shape[0], spaced.shape[1], spaced.shape[3])
+    return torch.einsum("rmis,mijs->rmjs", parts, spaced.float()).reshape(x.shape)
 
 
 def _blocks(entry: Entry) -> torch.Tensor:
@@ -111,8 +121,10 @@ def _blocks(entry: Entry) -> torch.Tensor:
 
 
 def _stacked(entries: Sequence[Entry]) -> torch.Tensor:
+    """fp32 [slots, n, b, b], small ones as [slots, 1, b, b, n]; and [slots, m, b, b, s]. Of blocks of one shape."""
     blocks = torch.stack([_blocks(entry).float() for entry in entries])
-    return blocks.permute(0, 2, 3, 1).contiguous() if blocks.shape[-1] <= _SMALL else blocks
+    small = blocks.ndim == 4 and blocks.shape[-1] <= _SMALL
+    return blocks.permute(0, 2, 3, 1).unsqueeze(1).contiguous() if small else blocks
 
 
 _PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}

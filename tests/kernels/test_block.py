@@ -1,5 +1,7 @@
 """Blocks: both paths and both sides against the equation in fp64; bare rows bit-identical; stacks follow changes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,20 +16,31 @@ EXACT = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 WIDTH = 48
 
 
-def table_of(dtype: torch.dtype, widths: tuple[int, ...] = (4, 16, 4, 1, 48)) -> block.BlockTable:
+def table_of(dtype: torch.dtype, widths: tuple[int, ...] = (4, 16, 4, 1, 48), apart: int = 1) -> block.BlockTable:
     """Five slots whose blocks differ in width; two of them in nothing but numbers."""
     table = block.BlockTable(8, CPU)
     for slot, width in enumerate(widths):
-        table.put(slot, (torch.randn(WIDTH // width, width, width).to(dtype),))
+        shape = (WIDTH // width, width, width) if apart == 1 else (WIDTH // width // apart, width, width, apart)
+        table.put(slot, (torch.randn(shape).to(dtype),))
     return table
+
+
+def whole(blocks: torch.Tensor) -> torch.Tensor:
+    """The matrix [WIDTH, WIDTH] that blocks are, number by number."""
+    made = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    groups, width, _, apart = blocks.shape if blocks.ndim == 4 else (*blocks.shape, 1)
+    for m, i, j, s in itertools.product(range(groups), range(width), range(width), range(apart)):
+        number = blocks[m, i, j] if blocks.ndim == 3 else blocks[m, i, j, s]
+        made[m * width * apart + i * apart + s, m * width * apart + j * apart + s] = number
+    return made
 
 
 def truth(x: torch.Tensor, each: list[int], table: block.BlockTable) -> torch.Tensor:
     out = x.double().clone()
+    matrices = {slot: whole(table.get(slot).tensors[0]) for slot in set(each) if slot in table}
     for row, slot in enumerate(each):
-        entry = table.get(slot)
-        if entry is not None:
-            out[row] = x[row].double() @ torch.block_diag(*entry.tensors[0].double())
+        if slot in matrices:
+            out[row] = x[row].double() @ matrices[slot]
     return out
 
 
@@ -47,9 +60,11 @@ def test_inputs_are_turned(dtype, longest, spread, rows_of, implementation):
 
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
 @pytest.mark.parametrize("longest", [1, 3, 9])
-def test_outputs_are_turned_in_place(dtype, longest, spread, rows_of, implementation):
+@pytest.mark.parametrize(("widths", "apart"), [((4, 16, 4, 1, 48), 1), ((2, 2, 4, 2, 12), 4), ((2, 3, 2, 1, 6), 8)])
+def test_outputs_are_turned_in_place(widths, apart, dtype, longest, spread, rows_of, implementation):
+    """Blocks of what stands together, of what stands apart, and of what stands as far apart as there is room for."""
     rowmap, each = rows_of(spread, longest)
-    table, y = table_of(dtype), torch.randn(rowmap.rows, WIDTH)
+    table, y = table_of(dtype, widths, apart), torch.randn(rowmap.rows, WIDTH)
     ours = y.clone()
     with forced(implementation):
         block.turn(ours, rowmap, table)

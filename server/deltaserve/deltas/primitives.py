@@ -47,7 +47,8 @@ class Affine:
 class Block:
     """x′ = x · diag(R_1, ..., R_n) on the input side, or y′ = y · diag(...) on the output side. blocks [n, b, b].
 
-    OFT (arXiv 2306.07280) and BOFT (2311.06243) on the input side, RoAd (2409.00119) on the output side.
+    Or blocks [m, b, b, s], the rows as [m, b, s]: each block turns numbers that stand s apart. OFT (arXiv 2306.07280)
+    and BOFT (2311.06243) on the input side; RoAd (2409.00119) on the output side, in blocks [m, 2, 2, s].
     """
 
     blocks: torch.Tensor

@@ -332,7 +332,7 @@ def applied(primitives: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     by = {type(primitive): primitive for primitive in primitives}
     blocks, affine = by.get(Block), by.get(Affine, Affine())
     if blocks is not None and not blocks.outputs:
-        x = x @ torch.block_diag(*blocks.blocks)
+        x = x @ diagonal(blocks.blocks)
     u = x if affine.in_scale is None else x * affine.in_scale
     dense = by.get(Dense)
     y = functional.linear(u, weight, bias) if dense is None or not dense.replace else 0
@@ -348,9 +348,16 @@ def applied(primitives: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
         index = by[Sparse].index.long()
         y = y + u @ torch.zeros_like(weight).index_put((index[0], index[1]), by[Sparse].values).T
     if blocks is not None and blocks.outputs:
-        y = y @ torch.block_diag(*blocks.blocks)
+        y = y @ diagonal(blocks.blocks)
     y = y if affine.scale is None else y * affine.scale
     return y if affine.shift is None else y + affine.shift
+
+
+def diagonal(blocks: torch.Tensor) -> torch.Tensor:
+    """The whole matrix; a number of a block that turns what stands apart is a diagonal of its own."""
+    if blocks.ndim == 4:
+        blocks = torch.diag_embed(blocks).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return torch.block_diag(*blocks)
 
 
 MORE: Mapping[str, Callable[[], Any]] = {

@@ -126,10 +126,8 @@ def road(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             for word in ("theta", "alpha")
         )
         straight, crossed = alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
-        blocks = torch.zeros(count, group, group)
-        j = torch.arange(half)
-        blocks[:, j, j], blocks[:, j + half, j + half] = straight[:, 0], straight[:, 1]
-        blocks[:, j + half, j], blocks[:, j, j + half] = -crossed[:, 0], crossed[:, 1]
+        blocks = torch.stack((straight[:, 0], crossed[:, 1], -crossed[:, 0], straight[:, 1]), 1)
+        blocks = blocks.view(count, 2, 2, half)
         draft.put(target.name, Block(blocks, outputs=True))
 
     each("road", one)(checkpoint, draft, weights)
