@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     delta_root: Path | None = Field(
         None, description="Folder that LoadDelta may read from; without it nothing is loaded later."
     )
+    lowering_seconds: Annotated[float, Field(ge=0)] = Field(
+        30,
+        description="A checkpoint whose lowering would take longer is refused: `deltaserve convert` does it ahead. "
+        "0 refuses all that computes with whole weights.",
+    )
     allow_pickle_archives: bool = Field(False, description="Also read .bin checkpoints (weights only, bounded).")
 
     max_model_len: Count | None = Field(

@@ -70,6 +70,13 @@ def configure(settings: Settings) -> None:
     _bridge_transformers(people)
 
 
+def for_a_command() -> None:
+    """Warnings are lines of standard error, and nobody else's progress bar is seen."""
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("deltaserve").setLevel(logging.WARNING)
+    _bridge_transformers(people=False)
+
+
 def _bridge_transformers(people: bool) -> None:
     """Its own handler would write beside ours; its progress bars are for terminals."""
     from huggingface_hub.utils import disable_progress_bars

@@ -11,6 +11,8 @@ import structlog
 import torch
 
 from deltaserve.app import machine, ports
+from deltaserve.app.conversion import command
+from deltaserve.app.patience import Patience
 from deltaserve.app.summary import Summary, Traffic
 from deltaserve.backbone.load import load
 from deltaserve.catalog.catalog import Catalog
@@ -22,6 +24,8 @@ from deltaserve.engine.loop import Engine, EngineSettings
 from deltaserve.engine.request import StepRecord
 from deltaserve.errors import DeltaserveError
 from deltaserve.formats import registry
+from deltaserve.formats.weighed import Weighed
+from deltaserve.formats.work import Work
 from deltaserve.metrics import Gauges, Metrics
 from deltaserve.service.aside import Aside
 from deltaserve.service.deltas import DeltaServicer, Told, release
@@ -61,6 +65,7 @@ class App:
         )
         log.info("loaded the backbone", parameters=backbone.parameters, seconds=self._seconds())
         budget = machine.budget(settings, backbone.device)
+        self._weights = Weighed(backbone.weights)
         self.threads = machine.threads(settings)
         self.metrics = Metrics()
         self.catalog = Catalog(self._read)
@@ -177,14 +182,20 @@ class App:
             ) from error
 
     def _read(self, source: Source) -> Delta:
-        """On a reader's thread."""
+        """On a reader's thread. What was read once is not refused later: the same estimate meets the same limit."""
         backbone = self.served.backbone
+        wanted = registry.Wanted(source.task, source.labels, source.problem_type, source.task_id)
         return registry.read(
             source.folder,
             backbone.spec,
-            backbone.weights,
-            registry.Wanted(source.task, source.labels, source.problem_type, source.task_id),
+            self._weights,
+            wanted,
             allow_pickle=self._settings.allow_pickle_archives,
+            work=Work(
+                seconds=self._settings.lowering_seconds,
+                told=Patience(partial(log.info, "still lowering", source=source.shown)).tell,
+                command=command(source.shown, backbone, wanted),
+            ),
         )
 
     def _fetch(self, key: int) -> Delta:

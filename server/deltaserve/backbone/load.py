@@ -26,12 +26,14 @@ def load(
     served_name: str | None = None,
     revision: str | None = None,
     tokenizer: str | None = None,
+    tokenized: bool = True,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Backbone:
     """Loads a backbone and opens it up; from then on it is called `served_name`, or else `name`.
 
-    `name` is a folder or a Hub id, `tokenizer` another one for the tokenizer only. `dtype` `auto` is bfloat16 on GPUs
+    `name` is a folder or a Hub id, `tokenizer` another one for the tokenizer only; unless `tokenized` none is looked
+    for. `dtype` `auto` is bfloat16 on GPUs
     and on CPUs that multiply it natively, else float32. `device` is `auto`, `cpu`, `cuda` or `cuda:n`. Without a
     tokenizer the backbone serves token ids. Raises FailedPrecondition where it cannot be had or is not served.
     """
@@ -46,7 +48,7 @@ def load(
         name=served_name or name,
         family=family,
         model=model[0].to(place).eval().requires_grad_(False),
-        tokenizer=_tokenizer(tokenizer or name, None if tokenizer else revision),
+        tokenizer=_tokenizer(tokenizer or name, None if tokenizer else revision) if tokenized else None,
         has_pooler=not missing,
     )
     return backbone
@@ -168,6 +170,11 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
     return torch.bfloat16 if device.type == "cuda" or native_bfloat16() else torch.float32
+
+
+def usual_dtype() -> str:
+    """What `auto` is on this machine."""
+    return str(_dtype("auto", _device("auto"))).removeprefix("torch.")
 
 
 def native_bfloat16() -> bool:

@@ -17,6 +17,7 @@ HINTS: Mapping[str, str] = {
     "NO_DELTA_ROOT": "or name it at the start: --delta NAME=PATH",
     "DELTA_NOT_FOUND": "`deltaserve deltas ls` shows what the server has",
     "DELTA_EXISTS": "--replace makes it the next version",
+    "OTHER_WEIGHTS": "`deltaserve convert` makes it again, from the checkpoint and this backbone",
     "INPUT_TOO_LONG": "--truncate start or --truncate end leaves tokens out",
     "NO_TOKENIZER": "--ids takes the inputs as token ids",
     "DEADLINE": "--timeout SECONDS gives it longer",

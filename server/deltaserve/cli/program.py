@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltaserve.cli import classify, deltas, demo, doctor, embed, generate, info, score, serve
+from deltaserve.cli import classify, convert, deltas, demo, doctor, embed, generate, info, score, serve
 from deltaserve.cli.failure import Failure, failure
 
 EPILOG = (
@@ -33,6 +33,7 @@ for command, panel in (
     (embed.embed, REQUESTS),
     (score.score, REQUESTS),
     (info.info, OPERATIONS),
+    (convert.convert, OPERATIONS),
     (doctor.doctor, OPERATIONS),
 ):
     app.command(rich_help_panel=panel)(command)

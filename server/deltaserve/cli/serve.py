@@ -114,6 +114,16 @@ def serve(
             help="Of the deltas on the device. auto: as in their files.", show_default="auto", rich_help_panel=DELTAS
         ),
     ] = None,
+    lowering_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="A checkpoint whose lowering would take longer is refused: `deltaserve convert` does it ahead. "
+            "0 refuses all that computes with whole weights.",
+            show_default="30",
+            rich_help_panel=DELTAS,
+        ),
+    ] = None,
     allow_pickle_archives: Annotated[
         bool | None,
         typer.Option(

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a delta's bytes came from and how they were read."""
+    """Where a delta's bytes came from and how they were read. `origin`: of the checkpoint that was converted to it."""
 
     format: str
     content_hash: str
@@ -26,6 +26,7 @@ class Provenance:
     base_model: str = ""
     warnings: tuple[str, ...] = ()
     guessed: tuple[str, ...] = ()
+    origin: "Provenance | None" = None
 
 
 @dataclass(frozen=True, eq=False)

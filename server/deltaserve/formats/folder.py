@@ -7,6 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,27 @@ MODEL_CONFIG = "config.json"
 """transformers' own, where a training script left it: the names of labels are in it."""
 
 MOST_CONFIG_BYTES = 1 << 20
+MOST_DELTA_BYTES = 16 << 20
+"""Of our own config, which names each primitive at each site, and up to 100,000 labels."""
 MOST_TENSOR_BYTES = 32 << 30
 MOST_TENSORS = 100_000
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How files of a checkpoint are called. `beside`: a file that may be there and counts as content."""
+
+    config: str
+    tensors: str
+    pickled: str | None = None
+    beside: str | None = None
+    most_config_bytes: int = MOST_CONFIG_BYTES
+
+
+PEFT = Layout(CONFIG, SAFETENSORS, PICKLED, MODEL_CONFIG)
+NATIVE = Layout("delta.json", "delta.safetensors", most_config_bytes=MOST_DELTA_BYTES)
+LAYOUTS = (PEFT, NATIVE)
 
 
 class Tensors(Protocol):
@@ -39,13 +58,20 @@ class Folder:
     """One checkpoint on disk. Raises BadCheckpoint where it is none, FailedPrecondition for a `.bin` not allowed."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
+        configs = " or ".join(layout.config for layout in LAYOUTS)
         if not path.is_dir():
-            raise BadCheckpoint(f"{path.name!r} is not a folder; a checkpoint is the folder that holds {CONFIG}")
+            raise BadCheckpoint(f"{path.name!r} is not a folder; a checkpoint is the folder that holds {configs}")
+        found = [layout for layout in LAYOUTS if (path / layout.config).is_file()]
+        if not found:
+            raise BadCheckpoint(f"{path.name!r} holds no {configs}: no checkpoint of PEFT's and no converted delta")
+        if len(found) > 1:
+            raise BadCheckpoint(
+                f"{path.name!r} holds {' and '.join(layout.config for layout in found)}: give each a folder of its own"
+            )
         self.path = path
-        self._config = path / CONFIG
-        if not self._config.is_file():
-            raise BadCheckpoint(f"{path.name!r} holds no {CONFIG}: not a checkpoint that PEFT wrote")
-        self._tensors = _tensor_file(path, allow_pickle)
+        (self.layout,) = found
+        self._config = path / self.layout.config
+        self._tensors = _tensor_file(path, self.layout, allow_pickle)
         size = self._tensors.stat().st_size
         if size > MOST_TENSOR_BYTES:
             raise BadCheckpoint(f"{self._tensors.name} has {size} bytes; {MOST_TENSOR_BYTES} are read at most")
@@ -58,7 +84,8 @@ class Folder:
     def content_hash(self) -> str:
         """SHA-256 over the names and bytes of the files that are read, in hexadecimal."""
         digest = hashlib.sha256()
-        for file in (self._config, self.path / MODEL_CONFIG, self._tensors):
+        beside = [] if self.layout.beside is None else [self.path / self.layout.beside]
+        for file in (self._config, *beside, self._tensors):
             if file.is_file():
                 digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
                 with file.open("rb") as stream:
@@ -67,7 +94,7 @@ class Folder:
         return digest.hexdigest()
 
     def config(self) -> Mapping[str, Any]:
-        return _json(self._config)
+        return _json(self._config, self.layout.most_config_bytes)
 
     def model_config(self) -> Mapping[str, Any]:
         """transformers' config of the model that was trained; empty where there is none."""
@@ -75,31 +102,31 @@ class Folder:
         return _json(file) if file.is_file() else {}
 
     def tensors(self) -> Tensors:
-        found = _Safe(self._tensors) if self._tensors.name == SAFETENSORS else _Pickled(self._tensors)
+        found = _Safe(self._tensors) if self._tensors.name == self.layout.tensors else _Pickled(self._tensors)
         count = sum(1 for _ in found.names())
         if count > MOST_TENSORS:
             raise BadCheckpoint(f"{self._tensors.name} has {count} tensors; {MOST_TENSORS} are read at most")
         return found
 
 
-def _tensor_file(path: Path, allow_pickle: bool) -> Path:
-    if (path / SAFETENSORS).is_file():
-        return path / SAFETENSORS
-    if not (path / PICKLED).is_file():
-        raise BadCheckpoint(f"{path.name!r} holds no {SAFETENSORS}")
+def _tensor_file(path: Path, layout: Layout, allow_pickle: bool) -> Path:
+    if (path / layout.tensors).is_file():
+        return path / layout.tensors
+    if layout.pickled is None or not (path / layout.pickled).is_file():
+        raise BadCheckpoint(f"{path.name!r} holds no {layout.tensors}")
     if not allow_pickle:
         raise FailedPrecondition(
-            f"{path.name!r} holds {PICKLED}, a pickle archive; save it as safetensors, or start the server with "
+            f"{path.name!r} holds {layout.pickled}, a pickle archive; save it as safetensors, or start the server with "
             "--allow-pickle-archives to have its weights read",
             reason="PICKLE_NOT_ALLOWED",
         )
-    return path / PICKLED
+    return path / layout.pickled
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _json(file: Path, most: int = MOST_CONFIG_BYTES) -> Mapping[str, Any]:
     size = file.stat().st_size
-    if size > MOST_CONFIG_BYTES:
-        raise BadCheckpoint(f"{file.name} has {size} bytes; {MOST_CONFIG_BYTES} are read at most")
+    if size > most:
+        raise BadCheckpoint(f"{file.name} has {size} bytes; {most} are read at most")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

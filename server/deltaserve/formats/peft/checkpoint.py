@@ -10,6 +10,7 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.peft.options import shown
 from deltaserve.formats.wanted import Wanted
+from deltaserve.formats.work import UNLIMITED, Work
 
 SHOWN = 5
 """Names in one message."""
@@ -39,11 +40,13 @@ class Checkpoint:
         backbone: BackboneSpec,
         wanted: Wanted,
         dotted: tuple[str, ...],
+        work: Work = UNLIMITED,
     ) -> None:
         self.config = config
         self.backbone = backbone
         self.wanted = wanted
         self.folder = folder
+        self.work = work
         self.warnings: list[str] = []
         """What the operator should know; see `warn`."""
         self.taken = 0

@@ -81,7 +81,7 @@ def _modules(checkpoint: Checkpoint, draft: Draft, weights: Weights, sizes: _Siz
         subtract = starts.tail
     tie = ties.Tie(checkpoint)
     found = tie.first(targets(checkpoint, draft, WEIGHTS, tie.names))
-    for target in found:
+    for target in checkpoint.work.steps(found):
         invocation.check(target)
         looked_up = target.site.type is SiteType.EMBEDDING
         r, scale = sizes.of(target, target.own)

@@ -71,7 +71,7 @@ def each(kind: str, lower: Each, word: str = "", types: tuple[SiteType, ...] = L
     def whole(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
         draft.kind(kind)
         found = list(targets(checkpoint, draft, types))
-        for target in found:
+        for target in checkpoint.work.steps(found):
             lower(target, weights)
             _same_weight(target, weights)
         biases(checkpoint, draft, found, word)

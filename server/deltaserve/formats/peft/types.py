@@ -12,6 +12,7 @@ from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.peft import (
+    costs,
     dense,
     frozen,
     heads,
@@ -35,6 +36,7 @@ from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import Options, shown
 from deltaserve.formats.peft.refused import REFUSED
 from deltaserve.formats.wanted import Wanted
+from deltaserve.formats.work import UNLIMITED, Work
 
 _TUNER = ("base_model.model.",)
 _SHARED = ("base_model.model.", "base_model.")
@@ -109,13 +111,14 @@ KINDS = (
 """What a delta may say it is: its methods first, what goes with them after."""
 
 
-def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Wanted) -> Delta:
+def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Wanted, work: Work = UNLIMITED) -> Delta:
     """A PEFT checkpoint as a delta for this backbone. Raises BadCheckpoint, FailedPrecondition, InvalidArgument."""
     config = folder.config()
     row = _type(config)
     row.options.check(config)
     draft = Draft(options.task_id(config, row.tasks, wanted.task_id))
-    checkpoint = Checkpoint(folder, config, backbone, wanted, row.dotted)
+    checkpoint = Checkpoint(folder, config, backbone, wanted, row.dotted, work)
+    costs.check(checkpoint)
     task, guessed = heads.task_of(checkpoint)
     head = heads.lower(checkpoint, draft, task)
     row.lower(checkpoint, draft, weights)
@@ -159,7 +162,7 @@ def _check_numbers(draft: Draft) -> None:
     """Each number of the file is finite; what a lowering makes of them may not be. Raises BadCheckpoint."""
     for name, primitives in draft.at.items():
         for primitive in primitives:
-            scaled = not isinstance(primitive, LowRank) or (abs(primitive.scale) <= _LARGEST and _fits(primitive))
+            scaled = not isinstance(primitive, LowRank) or (abs(primitive.scale) <= _LARGEST and fits(primitive))
             if not scaled or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(primitive)):
                 raise BadCheckpoint(
                     f"the numbers for {name!r} are finite, and what they come to is not in float32; was the training "
@@ -168,7 +171,7 @@ def _check_numbers(draft: Draft) -> None:
                 )
 
 
-def _fits(part: LowRank) -> bool:
+def fits(part: LowRank) -> bool:
     """Whether inner times A and outer times B are finite in float32."""
     scaled = [(matrix, by.double()) for matrix, by in ((part.a, part.inner), (part.b, part.outer)) if by is not None]
     made = (by @ m.double() if by.ndim == 2 else by * m.abs().amax(1).double() for m, by in scaled)

@@ -1,0 +1,81 @@
+"""What an operator says of a converted delta, by the rules that hold when a checkpoint is lowered."""
+
+import dataclasses
+
+from deltaserve.deltas.delta import Delta
+from deltaserve.deltas.primitives import Head
+from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
+from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
+from deltaserve.formats.peft.heads import CLASSIFIES
+from deltaserve.formats.wanted import Wanted
+
+
+def as_wanted(delta: Delta, wanted: Wanted, backbone: BackboneSpec) -> Delta:
+    """The delta for another task, with other labels. Raises BadCheckpoint, FailedPrecondition, InvalidArgument."""
+    if wanted.task is not None and wanted.task is not delta.task:
+        delta = _for_task(delta, wanted.task, backbone)
+    width = 0 if delta.head is None else delta.head.width
+    if wanted.labels and len(wanted.labels) != width:
+        raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
+    if wanted.problem_type and delta.head is None:
+        raise InvalidArgument("problem_type is for deltas that have a head", field="problem_type")
+    told = {"task": wanted.task, "labels": wanted.labels, "problem_type": wanted.problem_type}
+    guessed = tuple(word for word in delta.provenance.guessed if not told.get(word))
+    return dataclasses.replace(
+        delta,
+        labels=wanted.labels or delta.labels,
+        problem_type=wanted.problem_type or delta.problem_type,
+        provenance=dataclasses.replace(delta.provenance, guessed=guessed),
+    )
+
+
+def pooling_of(task: Task, head: Head | None, prompted: bool, backbone: BackboneSpec) -> Pooling | None:
+    """What a head reads. Given embeddings instead of ids, transformers' decoder classifiers cannot see padding."""
+    if head is None:
+        return None
+    usual = backbone.heads[task].pooling
+    return Pooling.LAST if usual is Pooling.LAST_REAL and prompted else usual
+
+
+def _for_task(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
+    """A head goes with tasks whose head has the same name and layers here; other tasks leave it out."""
+    if task not in CLASSIFIES:
+        return dataclasses.replace(delta, task=task) if delta.head is None else _without_head(delta, task, backbone)
+    spec = backbone.heads.get(task)
+    if spec is None:
+        able = ", ".join(sorted(t.value for t in backbone.heads)) or "no head at all"
+        raise FailedPrecondition(
+            f"the delta is for {task.value}, and this {backbone.family} backbone serves {able}",
+            reason="TASK_NOT_SERVED",
+            metadata={"task": task.value},
+        )
+    mine = backbone.heads[delta.task] if delta.head is not None else None
+    if mine is None or (mine.module, mine.layers) != (spec.module, spec.layers):
+        raise BadCheckpoint(
+            f"the delta is for {task.value}, and it holds no head {spec.module!r} for that; load it with the task that "
+            "it was made for"
+        )
+    return dataclasses.replace(
+        delta, task=task, pooling=pooling_of(task, delta.head, delta.prompt is not None, backbone)
+    )
+
+
+def _without_head(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
+    warning = f"the head {backbone.heads[delta.task].module!r} is left out: the task is {task.value}"
+    made, kinds = delta.provenance, tuple(kind for kind in delta.kinds if kind != "head")
+    if not kinds or not (delta.at or delta.prompt):
+        raise BadCheckpoint(f"it is nothing but a head, and the task {task.value} has none")
+    return dataclasses.replace(
+        delta,
+        task=task,
+        head=None,
+        pooling=None,
+        labels=(),
+        problem_type=None,
+        kinds=kinds,
+        provenance=dataclasses.replace(
+            made,
+            warnings=(*made.warnings, warning),
+            guessed=tuple(word for word in made.guessed if word == "task"),
+        ),
+    )
