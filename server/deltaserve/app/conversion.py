@@ -83,6 +83,8 @@ def command(source: str, backbone: Backbone, wanted: registry.Wanted) -> str:
         words += ["--task", wanted.task.value]
     for label in wanted.labels[:_MOST_LABELS]:
         words += ["--label", label]
+    if wanted.task_id is not None:
+        words += ["--task-id", str(wanted.task_id)]
     if wanted.problem_type is not None:
         words += ["--problem-type", wanted.problem_type]
     return shlex.join(words)

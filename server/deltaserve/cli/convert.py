@@ -16,7 +16,7 @@ from deltaserve.cli.extra import needs
 if TYPE_CHECKING:
     from deltaserve.app.conversion import Converted
 
-MODEL, HEAD = "Backbone", "Head"
+MODEL, HEAD = "Backbone", "Task and head"
 
 
 def convert(
@@ -52,7 +52,15 @@ def convert(
         ),
     ] = "auto",
     task: Annotated[
-        Literal["generation", "sequence_classification", "token_classification", "embedding"] | None,
+        Literal[
+            "generation",
+            "sequence_classification",
+            "token_classification",
+            "embedding",
+            "question_answering",
+            "multiple_choice",
+        ]
+        | None,
         typer.Option("--task", help="What it does.", show_default="from the checkpoint", rich_help_panel=HEAD),
     ] = None,
     labels: Annotated[
@@ -71,6 +79,18 @@ def convert(
             "--problem-type",
             help="What the head's outputs mean.",
             show_default="from the checkpoint",
+            rich_help_panel=HEAD,
+        ),
+    ] = None,
+    task_id: Annotated[
+        int | None,
+        typer.Option(
+            "--task-id",
+            min=0,
+            max=(1 << 32) - 1,
+            metavar="NUMBER",
+            help="Which task's delta to make of a checkpoint for several, from 0.",
+            show_default="the only one",
             rich_help_panel=HEAD,
         ),
     ] = None,
@@ -95,7 +115,7 @@ def convert(
         source=source,
         destination=destination,
         backbone=backbone,
-        wanted=Wanted(None if task is None else Task(task), tuple(labels or ()), problem_type),
+        wanted=Wanted(None if task is None else Task(task), tuple(labels or ()), problem_type, task_id),
         served_name=served_name,
         revision=revision,
         dtype=dtype,

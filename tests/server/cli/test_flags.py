@@ -80,7 +80,7 @@ def test_flags_reach_the_settings() -> None:
         "--allow-pickle-archives", "--max-model-len", "9", "--max-running", "8", "--max-queued", "7",
         "--max-batch-tokens", "6", "--batch-wait-ms", "0.5", "--max-message-bytes", "1MiB", "--request-timeout", "5",
         "--drain-seconds", "0", "--pool-bytes", "8GiB", "--kv-bytes", "1GiB", "--gpu-memory-utilization", "0.5",
-        "--log-format", "json", "--log-level", "debug",
+        "--lowering-seconds", "1.5", "--log-format", "json", "--log-level", "debug",
     )  # fmt: skip
     assert full.deltas == (("a", "x"), ("b/c", "y=z"))
     assert (full.host, full.grpc_port, full.pool_bytes, full.drain_seconds) == ("::1", 0, 8 << 30, 0)

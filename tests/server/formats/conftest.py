@@ -11,10 +11,17 @@ import peft
 import pytest
 import torch
 import transformers
+from driven import written as write_cases
+from methods import DECODERS, GENERATING, Case, cases
 from safetensors.torch import load_file, save_file
 
 from deltaserve.backbone.load import load
 from deltaserve.backbone.model import Backbone
+from deltaserve.deltas.delta import Delta
+from deltaserve.errors import BadCheckpoint, DeltaserveError
+from deltaserve.formats import native
+from deltaserve.formats.registry import Wanted, read
+from deltaserve.formats.weighed import Weighed
 
 CONFIGS = {
     "gpt2": ("AutoModelForCausalLM", lambda: transformers.GPT2Config(
@@ -66,6 +73,29 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Backbone
     return made
 
 
+FAMILIES = ("llama", "bert", "t5")
+
+
+def shared(family: str) -> list[Case]:
+    """The families take turns at the methods; the few last ones, which not all have, are in the others too."""
+    turn, few = FAMILIES.index(family), GENERATING | DECODERS
+    return [case for n, case in enumerate(cases(family)) if n % len(FAMILIES) == turn or case.method in few]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Backbone, Path, Wanted]]:
+    """One or more of every method and option of PEFT's: for which backbone, where, and what must be said of it."""
+    made = []
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write_cases(family, shared(family), folder)
+        backbone = load(str(folder / "backbone"), dtype="float32", device="cpu")
+        made += [(backbone, folder / case.name, case.wanted) for case in shared(family)]
+    return made
+
+
 @pytest.fixture
 def written(backbones: Mapping[str, Backbone], tmp_path: Path) -> Callable[..., Spoilt]:
     """`written("gpt2", config)` is a checkpoint with random numbers; `auto` and `told` choose the class."""
@@ -86,3 +116,112 @@ def written(backbones: Mapping[str, Backbone], tmp_path: Path) -> Callable[..., 
         return Spoilt(folder)
 
     return write
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted delta, to be changed in place."""
+
+    folder: Path
+    backbone: Backbone
+
+    def config(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        file = self.folder / "delta.json"
+        told = json.loads(file.read_text())
+        change(told)
+        file.write_text(json.dumps(told))
+
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        file = self.folder / "delta.safetensors"
+        found = load_file(file)
+        change(found)
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, file)
+
+    def tensor(self, end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes the first tensor whose name ends so."""
+
+        def one(found: dict[str, torch.Tensor]) -> None:
+            name = next(name for name in sorted(found) if name.endswith(end))
+            found[name] = change(found[name].clone())
+
+        self.tensors(one)
+
+    def first(self, type_: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """Finds the record of the first primitive of a type."""
+        return lambda told: next(p for parts in told["at"].values() for p in parts if p["type"] == type_)
+
+    def read(self, wanted: Wanted = Wanted()) -> Delta:  # noqa: B008
+        return read(self.folder, self.backbone.spec, self.backbone.weights, wanted)
+
+    def refused(self, *said: str, error: type[DeltaserveError] = BadCheckpoint, wanted: Wanted = Wanted()) -> None:  # noqa: B008
+        with pytest.raises(error) as caught:
+            self.read(wanted)
+        assert all(word in caught.value.message for word in said), caught.value.message
+
+
+_LORA = dict(r=2, lora_alpha=4)
+CONVERTED: Mapping[str, tuple[str, Callable[[], Any], str | None]] = {
+    "lora": ("gpt2", lambda: peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", **_LORA), None),
+    "pissa": (
+        "opt",
+        lambda: peft.LoraConfig(
+            target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa", **_LORA
+        ),
+        None,
+    ),
+    "dora": (
+        "opt",
+        lambda: peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True, **_LORA),
+        None,
+    ),
+    "biased": (
+        "opt",
+        lambda: peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", bias="lora_only", **_LORA),
+        None,
+    ),
+    "tokens": (
+        "gpt2",
+        lambda: peft.TrainableTokensConfig(
+            target_modules=["wte"], token_indices=[3, 9, 5], task_type="CAUSAL_LM"
+        ),
+        None,
+    ),
+    "shira": ("opt", lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), None),
+    "oft": (
+        "opt",
+        lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        None,
+    ),
+    "vera": ("opt", lambda: peft.VeraConfig(r=3, target_modules=["q_proj", "fc1"], task_type="CAUSAL_LM"), None),
+    "alora": (
+        "gpt2",
+        lambda: peft.LoraConfig(
+            target_modules=["c_attn"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6], **_LORA
+        ),
+        None,
+    ),
+    "prefix": ("gpt2", lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), None),
+    "prompt": ("gpt2", lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), None),
+    "norms": ("bert", lambda: peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="FEATURE_EXTRACTION"), None),
+    "mood": (
+        "bert",
+        lambda: peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", **_LORA),
+        "AutoModelForSequenceClassification",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(written: Any, backbones: Mapping[str, Backbone], tmp_path: Path) -> Callable[..., Converted]:
+    """`made("lora")`: a checkpoint of CONVERTED, converted."""
+
+    def make(kind: str, wanted: Wanted = Wanted(), name: str = "") -> Converted:  # noqa: B008
+        family, config, auto = CONVERTED[kind]
+        told = {"num_labels": 3} if auto else {}
+        folder = written(family, config(), auto=auto, **told).folder
+        backbone, place = backbones[family], tmp_path / f"{name or kind}-converted"
+        weights = Weighed(backbone.weights)
+        native.write(read(folder, backbone.spec, weights, wanted), place, backbone.spec, weights)
+        return Converted(place, backbone)
+
+    return make

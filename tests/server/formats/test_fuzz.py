@@ -11,33 +11,34 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from driven import written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from methods import DECODERS, GENERATING, Case, cases
 from safetensors.torch import load_file, save
 
-from deltaserve.backbone.load import load
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.primitives import LowRank
 from deltaserve.errors import DeltaserveError
-from deltaserve.formats.folder import CONFIG, PICKLED, SAFETENSORS
+from deltaserve.formats import native
+from deltaserve.formats.folder import NATIVE, PEFT, PICKLED, Layout
+from deltaserve.formats.native.record import PRIMITIVES
 from deltaserve.formats.peft.types import TYPES
 from deltaserve.formats.registry import read
-from deltaserve.formats.wanted import Wanted
+from deltaserve.formats.wanted import NOTHING_WANTED, Wanted
+from deltaserve.formats.weighed import Weighed
 
-FAMILIES = ("llama", "bert", "t5")
 SECONDS = 5.0
 ROOM = 1 << 30
 """Bytes that a reader may take beside what the process has; the checkpoints have some thousand."""
+
+
+Whole = tuple[Backbone, Wanted, dict[str, Any], dict[str, torch.Tensor], Layout]
 
 
 @dataclass
@@ -46,53 +47,47 @@ class Files:
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    layout: Layout = PEFT
     pickled: bool = False
     late: list[Callable[[dict[str, bytearray]], None]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        made = {CONFIG: bytearray(json.dumps(self.config).encode())}
+        made = {self.layout.config: bytearray(json.dumps(self.config).encode())}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         if self.pickled:
             torch.save(tensors, folder / PICKLED)
             made[PICKLED] = bytearray((folder / PICKLED).read_bytes())
         else:
-            made[SAFETENSORS] = bytearray(save(tensors))
+            made[self.layout.tensors] = bytearray(save(tensors))
         for change in self.late:
             change(made)
         for name, content in made.items():
             (folder / name).write_bytes(content)
 
 
-def shared(family: str) -> list[Case]:
-    """The families take turns at the methods; the few last ones, which not all have, are in the others too."""
-    turn, few = FAMILIES.index(family), GENERATING | DECODERS
-    return [case for n, case in enumerate(cases(family)) if n % len(FAMILIES) == turn or case.method in few]
-
-
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Backbone]:
-    """Backbones by family; `<folder>/<case>` beside each holds a checkpoint."""
-    made = {}
-    for family in FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            written(family, shared(family), folder)
-        made[family] = load(str(folder / "backbone"), dtype="float32", device="cpu")
-    return made
-
-
-@pytest.fixture(scope="module")
-def whole(opened: Mapping[str, Backbone]) -> list[tuple[Backbone, Wanted, dict[str, Any], dict[str, torch.Tensor]]]:
+def whole(checkpoints: list[tuple[Backbone, Path, Wanted]]) -> list[Whole]:
     """Every checkpoint as it was, simplest first; each can be read."""
-    found = []
-    for family, backbone in opened.items():
-        for case in shared(family):
-            folder = Path(backbone.name).parent / case.name
-            checked(folder, backbone, case.wanted)
-            config = json.loads((folder / CONFIG).read_text())
-            found.append((backbone, case.wanted, config, load_file(folder / SAFETENSORS)))
+    return [as_it_was(folder, backbone, wanted, PEFT) for backbone, folder, wanted in checkpoints]
+
+
+@pytest.fixture(scope="module")
+def converted(
+    checkpoints: list[tuple[Backbone, Path, Wanted]], tmp_path_factory: pytest.TempPathFactory
+) -> list[Whole]:
+    """The same, converted."""
+    place, found = tmp_path_factory.mktemp("converted"), []
+    for n, (backbone, folder, wanted) in enumerate(checkpoints):
+        weights = Weighed(backbone.weights)
+        native.write(read(folder, backbone.spec, weights, wanted), place / str(n), backbone.spec, weights)
+        found.append(as_it_was(place / str(n), backbone, NOTHING_WANTED, NATIVE))
     return found
+
+
+def as_it_was(folder: Path, backbone: Backbone, wanted: Wanted, layout: Layout) -> Whole:
+    checked(folder, backbone, wanted)
+    config = json.loads((folder / layout.config).read_text())
+    return backbone, wanted, config, load_file(folder / layout.tensors), layout
 
 
 class Watch:
@@ -293,7 +288,7 @@ def misdescribed(draw: st.DrawFn, files: Files) -> None:
     value = draw(st.sampled_from((["F32"], "F64", "F4", "I64", [1 << 40], [0], [-1], [1 << 62, 8], [0, 1 << 50], None)))
 
     def rewrite(made: dict[str, bytearray]) -> None:
-        content = made.get(SAFETENSORS)
+        content = made.get(files.layout.tensors)
         if content is not None:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
@@ -317,7 +312,37 @@ SPOILS = (
 )
 
 
-def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
+def replaced_deep(draw: st.DrawFn, files: Files) -> None:
+    """One entry of a converted delta's config, however deep: another value, another name, once more, or gone."""
+    files.config = inner = json.loads(json.dumps(files.config))
+    for _ in range(draw(st.integers(0, 5))):
+        entries = list(inner.values()) if isinstance(inner, dict) else inner
+        deeper = [value for value in entries if isinstance(value, list | dict) and value]
+        if deeper:
+            inner = draw(st.sampled_from(deeper))
+    place = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+    match draw(st.sampled_from(("value", "name", "gone", "again"))):
+        case "value":
+            inner[place] = draw(VALUES | st.sampled_from([*PRIMITIVES, *sorted(files.tensors)]))
+        case "gone":
+            del inner[place]
+        case "name" if isinstance(inner, dict):
+            inner[draw(WORDS)] = inner.pop(place)
+        case _ if isinstance(inner, dict):
+            inner[draw(WORDS)] = inner[place]
+        case _:
+            inner.append(inner[place])
+
+
+WORDS = st.sampled_from(("a", "b", "scale", "index", "values", "weight", "bias", "keys", "rows", "type", "x", "\ud800"))
+NATIVE_SPOILS = (
+    *(replaced_deep, replaced_deep, replaced_deep, removed_key, replaced_value),
+    *(reshaped, retyped, renumbered, renamed, duplicated, removed, truncated, flipped, misdescribed),
+)
+SPOILED_BY = {PEFT: SPOILS, NATIVE: NATIVE_SPOILS}
+
+
+def fuzz(whole: list[Whole], watch: Watch, examples: int) -> dict[str, int]:
     """Reads so many spoilt checkpoints; returns how many were lowered, and how many were refused."""
     outcomes = {"lowered": 0, "refused": 0}
 
@@ -326,9 +351,9 @@ def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
     )
     @given(st.data())
     def one(data: st.DataObject) -> None:
-        backbone, wanted, config, tensors = whole[data.draw(st.integers(0, len(whole) - 1))]
-        files = Files(dict(config), dict(tensors))
-        for spoil in data.draw(st.lists(st.sampled_from(SPOILS), min_size=1, max_size=2)):
+        backbone, wanted, config, tensors, layout = whole[data.draw(st.integers(0, len(whole) - 1))]
+        files = Files(dict(config), dict(tensors), layout)
+        for spoil in data.draw(st.lists(st.sampled_from(SPOILED_BY[layout]), min_size=1, max_size=2)):
             if files.tensors and files.config:
                 spoil(data.draw, files)
         folder = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -355,13 +380,19 @@ def fuzz(whole: list[Any], watch: Watch, examples: int) -> dict[str, int]:
 
 
 @pytest.mark.timeout(300)
-def test_spoilt_checkpoints_are_lowered_or_refused(whole: list[Any], watch: Watch) -> None:
+def test_spoilt_checkpoints_are_lowered_or_refused(whole: list[Whole], watch: Watch) -> None:
     outcomes = fuzz(whole, watch, 2000)
     assert min(outcomes.values()) > 100, outcomes
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_many_spoilt_checkpoints(whole: list[Any], watch: Watch) -> None:
+def test_many_spoilt_checkpoints(whole: list[Whole], watch: Watch) -> None:
     outcomes = fuzz(whole, watch, 8_000)
     assert min(outcomes.values()) > 500, outcomes
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("examples", [1000, pytest.param(6000, marks=pytest.mark.long)])
+def test_spoilt_conversions_are_read_or_refused(converted: list[Whole], watch: Watch, examples: int) -> None:
+    assert min(fuzz(converted, watch, examples).values()) > examples // 50

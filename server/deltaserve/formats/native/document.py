@@ -7,13 +7,13 @@ from typing import Any
 from deltaserve.deltas.delta import Provenance
 from deltaserve.deltas.sites import Pooling, Task
 from deltaserve.errors import BadCheckpoint
-from deltaserve.formats.native.record import KEY, VERSION, Record, fields, integer, listed, shown, text
+from deltaserve.formats.native.record import KEY, VERSION, Record, fields, flag, integer, listed, shown, text
 from deltaserve.formats.peft import KINDS
 from deltaserve.formats.peft.invocation import LONGEST
 
 KEYS = (
     *(KEY, "backbone", "family", "kinds", "task", "labels", "problem_type", "pooling", "position_shift"),
-    *("invocation", "made_from", "weights", "bases", "prompt", "head", "at"),
+    *("invocation", "task_id", "token_types", "made_from", "weights", "bases", "prompt", "head", "at"),
 )
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _MADE_FROM = ("format", "content_hash", "file_bytes", "tensors_matched", "base_model", "warnings", "guessed")
@@ -37,6 +37,8 @@ class Document:
     pooling: Pooling | None
     position_shift: int
     invocation: tuple[int, ...]
+    task_id: int | None
+    token_types: bool
     made_from: Provenance
     weights: Mapping[str, Mapping[str, str]]
     bases: tuple[str, ...]
@@ -67,6 +69,8 @@ def read(config: Mapping[str, Any]) -> Document:
         else Pooling(_word(config["pooling"], "config key 'pooling'", tuple(Pooling))),
         position_shift=integer(config["position_shift"], "config key 'position_shift'"),
         invocation=listed(config["invocation"], "config key 'invocation'", integer, LONGEST),
+        task_id=None if config["task_id"] is None else _task_id(config["task_id"]),
+        token_types=flag(config["token_types"], "config key 'token_types'"),
         made_from=_made_from(config["made_from"]),
         weights={
             site: _hashes(told, f"config key 'weights', site {shown(site)}")
@@ -89,6 +93,13 @@ def _keys(told: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
     for key in known:
         if key not in told:
             raise BadCheckpoint(f"{place} has no key {key!r}", metadata={"key": key})
+
+
+def _task_id(value: object) -> int:
+    found = integer(value, "config key 'task_id'")
+    if found < 0:
+        raise BadCheckpoint(f"config key 'task_id' is {found}; a whole number from 0 is expected")
+    return found
 
 
 def _kinds(value: object) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def head_layers(found: tuple[Part, ...], spec: BackboneSpec, head: HeadSpec, pla
         if layer.bias is not None:
             _tensor(layer.bias, (width,), f"{here}, bias")
         layers.append(layer)
+    if head.outputs not in (None, width):
+        raise BadCheckpoint(f"{place} has {width} outputs; for this task it has {head.outputs}")
     return tuple(layers)
 
 
@@ -126,12 +128,17 @@ def _dense_of_embedding(found: Dense, site: Site, spec: BackboneSpec, place: str
 
 
 def _block(found: Block, site: Site, spec: BackboneSpec, place: str) -> None:
-    _tensor(found.blocks, (None, None, None), f"{place}.blocks")
-    (count, rows, columns), width = found.blocks.shape, site.out_features if found.outputs else site.in_features
-    if rows != columns or count * rows != width:
-        raise BadCheckpoint(
-            f"{place}.blocks has shape {[count, rows, columns]}, which is no block-diagonal matrix {[width, width]}"
-        )
+    shape, width = list(found.blocks.shape), site.out_features if found.outputs else site.in_features
+    _tensor(found.blocks, (None,) * min(max(len(shape), 3), 4), f"{place}.blocks")
+    count, rows, columns, apart = (*shape, 1)[:4]
+    if rows != columns or count * rows * apart != width:
+        raise BadCheckpoint(f"{place}.blocks has shape {shape}, which makes no matrix {[width, width]} of blocks")
+
+
+def _block_of_embedding(found: Block, site: Site, spec: BackboneSpec, place: str) -> None:
+    if not found.outputs:
+        raise BadCheckpoint(f"{place}.outputs is false; an embedding has no input side")
+    _block(found, site, spec, place)
 
 
 def _sparse(found: Sparse, site: Site, spec: BackboneSpec, place: str) -> None:
@@ -182,6 +189,7 @@ _FITS: Mapping[SiteType, Mapping[type, _Fit]] = {
     SiteType.EMBEDDING: {
         LowRank: _lowrank,
         Affine: _affine_of_embedding,
+        Block: _block_of_embedding,
         Dense: _dense_of_embedding,
         Rows: _rows,
     },

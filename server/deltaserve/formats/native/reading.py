@@ -10,7 +10,7 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.native import document, fit, record
 from deltaserve.formats.native.document import Document
-from deltaserve.formats.native.wanting import as_wanted, pooling_of
+from deltaserve.formats.native.wanting import as_wanted, labelled, pooling_of
 from deltaserve.formats.peft.heads import CLASSIFIES
 from deltaserve.formats.wanted import Wanted
 from deltaserve.formats.weighed import Weighed, digest
@@ -51,6 +51,8 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         labels=told.labels,
         problem_type=told.problem_type,
         invocation=told.invocation,
+        task_id=told.task_id,
+        token_types=told.token_types,
         bases=bases,
     )
     _check_whole(delta, backbone)
@@ -135,11 +137,11 @@ def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
         raise BadCheckpoint(f"prompt and prefix leave no room for a text: this backbone has {limit} positions")
     _check_bases(delta)
     _check_invocation(delta, backbone)
-    width = 0 if delta.head is None else delta.head.width
+    width = labelled(delta, backbone)
     if len(delta.labels) != width:
-        raise BadCheckpoint(f"config key 'labels' has {len(delta.labels)} entries; the head has {width} outputs")
-    if (delta.problem_type is None) != (delta.head is None):
-        raise BadCheckpoint("config key 'problem_type' goes with a head, and only with one")
+        raise BadCheckpoint(f"config key 'labels' has {len(delta.labels)} entries; the head has {width} labels")
+    if (delta.problem_type is None) != (width == 0):
+        raise BadCheckpoint("config key 'problem_type' goes with a head's labels, and only with them")
     expected = pooling_of(delta.task, delta.head, delta.prompt is not None, backbone)
     if delta.pooling is not expected:
         raise BadCheckpoint(f"config key 'pooling' is {delta.pooling}; for this task and family it is {expected}")

@@ -14,7 +14,14 @@ def as_wanted(delta: Delta, wanted: Wanted, backbone: BackboneSpec) -> Delta:
     """The delta for another task, with other labels. Raises BadCheckpoint, FailedPrecondition, InvalidArgument."""
     if wanted.task is not None and wanted.task is not delta.task:
         delta = _for_task(delta, wanted.task, backbone)
-    width = 0 if delta.head is None else delta.head.width
+    if wanted.task_id not in (None, delta.task_id):
+        its = "has no tasks to choose from" if delta.task_id is None else f"was made for task {delta.task_id}"
+        raise InvalidArgument(f"task_id is {wanted.task_id}; this converted delta {its}, leave it out", field="task_id")
+    width = labelled(delta, backbone)
+    if delta.head is not None and not width:
+        for field in ("labels", "problem_type"):
+            if getattr(wanted, field):
+                raise InvalidArgument(f"{field}: the outputs of this head are no labels", field=field)
     if wanted.labels and len(wanted.labels) != width:
         raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
     if wanted.problem_type and delta.head is None:
@@ -27,6 +34,13 @@ def as_wanted(delta: Delta, wanted: Wanted, backbone: BackboneSpec) -> Delta:
         problem_type=wanted.problem_type or delta.problem_type,
         provenance=dataclasses.replace(delta.provenance, guessed=guessed),
     )
+
+
+def labelled(delta: Delta, backbone: BackboneSpec) -> int:
+    """How many labels it has: one for each output of its head, none where these are spans or choices."""
+    if delta.head is None or backbone.heads[delta.task].outputs is not None:
+        return 0
+    return delta.head.width
 
 
 def pooling_of(task: Task, head: Head | None, prompted: bool, backbone: BackboneSpec) -> Pooling | None:

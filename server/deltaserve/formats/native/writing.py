@@ -159,6 +159,8 @@ def _config(delta: Delta, backbone: BackboneSpec, weights: Weighed, store: _Stor
         "pooling": delta.pooling,
         "position_shift": delta.position_shift,
         "invocation": delta.invocation,
+        "task_id": delta.task_id,
+        "token_types": delta.token_types,
         "made_from": _made_from(delta.provenance.origin or delta.provenance, delta.provenance),
         "weights": _weights(delta, backbone, weights),
         "bases": list(bases.values()),

@@ -5,11 +5,11 @@ A type that is not here costs nothing but reading its tensors.
 
 from collections.abc import Callable, Mapping
 
-from deltaserve.deltas.sites import SiteType
 from deltaserve.errors import FailedPrecondition
 from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
-from deltaserve.formats.peft.targets import LINEARS, Target, targets
+from deltaserve.formats.peft.targets import WEIGHTS, Target, targets
+from deltaserve.formats.peft.wavelets import FILTERS
 from deltaserve.formats.speed import Cost, fourier, product, qr, shuffle, solve, svd, sweep
 
 Costs = Callable[[Target], Cost]
@@ -38,7 +38,7 @@ def of(checkpoint: Checkpoint) -> Cost:
     row = COSTS.get(checkpoint.config["peft_type"])
     if row is None or not checkpoint.config.get("target_modules"):
         return Cost()
-    return sum((row(target) for target in targets(checkpoint, Draft(), (*LINEARS, SiteType.EMBEDDING))), Cost())
+    return sum((row(target) for target in targets(checkpoint, Draft(), WEIGHTS)), Cost())
 
 
 def _told(seconds: float) -> str:
@@ -103,7 +103,8 @@ def _loha(target: Target) -> Cost:
 
 
 def _hira(target: Target) -> Cost:
-    return _weight(target) + _change(target, _rank(target, "hira_A", 0)) + _dense(target, 2)
+    rank = _rank(target, "hira_A", 0) or _rank(target, "hira_embedding_A", 0)
+    return _weight(target) + _change(target, rank) + _dense(target, 2)
 
 
 def _randlora(target: Target) -> Cost:
@@ -124,7 +125,9 @@ def _fourierft(target: Target) -> Cost:
 
 
 def _waveft(target: Target) -> Cost:
-    return shuffle(target.inputs * target.outputs) + _dense(target, 30)
+    numbers, config = target.inputs * target.outputs, target.checkpoint.config
+    taps = len(FILTERS.get(str(config.get("wavelet_family", "db1")), ())) if config.get("use_idwt", True) else 0
+    return shuffle(numbers) + product(1, numbers, taps**2) + _dense(target, 30)
 
 
 def _psoft(target: Target) -> Cost:
@@ -158,10 +161,10 @@ def _glora(target: Target) -> Cost:
 
 
 def _oft(target: Target) -> Cost:
-    config, numbers = target.checkpoint.config, _rank(target, "oft_R.weight", 1)
+    config, part = target.checkpoint.config, "oft_R.weight" if target.has("oft_R.weight") else "oft_embedding_R.weight"
+    count, numbers = _rank(target, part, 0), _rank(target, part, 1)
     width = round((1 + (1 + 8 * numbers) ** 0.5) / 2)
-    count = _rank(target, "oft_R.weight", 0)
-    blocks = sweep(24, target.inputs * width)
+    blocks = sweep(24, count * width**2)
     if config.get("use_cayley_neumann", True):
         terms = config.get("num_cayley_neumann_terms", 5)
         powers = max(terms - 2, 1) if type(terms) is int and terms <= 64 else 1
