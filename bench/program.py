@@ -102,6 +102,34 @@ def gpu(
 
 
 @app.command()
+def aot(
+    out: Annotated[Path, typer.Option(help="File for the table.")] = RESULTS / "aot.json",
+    chips: Annotated[str, typer.Option(help="Which GPUs, with commas between.")] = "sm_80,sm_90,sm_100,gfx942",
+) -> None:
+    """Compiles every kernel that a launch may choose; no GPU is needed. Exits with 1 where one is not right."""
+    # They import Triton, which there is for Linux alone.
+    from bench import aot as ahead
+    from deltaserve_kernels.gpu.variants import variants
+
+    wanted = [name.strip() for name in chips.split(",")]
+    unknown = [name for name in wanted if name not in ahead.CHIPS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(ahead.CHIPS)}", param_hint="--chips")
+    kernels = list(variants())
+    found = []
+    with screen.progress(console) as bar:
+        for chip in wanted:
+            for kernel in bar.track(kernels, description=chip):
+                found.append(ahead.compiled(ahead.CHIPS[chip], kernel))
+    made = origin(0, torch.device("cpu"))
+    ahead.write(out, found, {"commit": made.commit, "date": made.date})
+    console.print(ahead.table(found))
+    wrong = [one for one in found if one.objection]
+    console.print(f"{len(found)} kernels compiled, {len(wrong)} not as they should be; table in {out}")
+    raise typer.Exit(bool(wrong))
+
+
+@app.command()
 def report(
     file: Annotated[Path, typer.Argument(help="Rows of micro.")] = RESULTS / "micro.jsonl",
     readme: Annotated[bool, typer.Option("--readme", help="Put them into the README.")] = False,

@@ -1,16 +1,20 @@
 """Which implementation runs. Decided here alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
+from typing import TypeVar
 
 import torch
+
+Path = TypeVar("Path")
 
 
 class Implementation(Enum):
     REFERENCE = "reference"  # obvious, slow, runs anywhere; what the others are compared with
     CPU = "cpu"
+    TRITON = "triton"
 
 
 _forced: ContextVar[Implementation | None] = ContextVar("deltaserve_implementation", default=None)
@@ -21,7 +25,12 @@ def choose(device: torch.device) -> Implementation:
     forced = _forced.get()
     if forced is not None:
         return forced
-    return Implementation.CPU if device.type == "cpu" else Implementation.REFERENCE
+    return Implementation.CPU if device.type == "cpu" else Implementation.TRITON
+
+
+def path(paths: Mapping[Implementation, Path], device: torch.device) -> Path:
+    """What runs on `device`, of those that there are: the reference where its own is missing."""
+    return paths.get(choose(device), paths[Implementation.REFERENCE])
 
 
 @contextmanager

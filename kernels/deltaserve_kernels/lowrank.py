@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap, Run
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -93,7 +93,7 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable)
     """
     if not table.touches(rowmap):
         return
-    _PATHS[choose(y.device)](y, x, rowmap, table)
+    path(_PATHS, y.device)(y, x, rowmap, table)
 
 
 def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
@@ -200,4 +200,10 @@ def _scaled(entries: list[Entry]) -> _Pair:
     return inner, torch.stack([outer for _, outer in pairs])
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
+    from deltaserve_kernels.gpu import lowrank
+
+    lowrank.launch(y, x, rowmap, table)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

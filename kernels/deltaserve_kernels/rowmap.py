@@ -68,7 +68,7 @@ class RowMap:
     """Built once per axis and forward; the tensors are made when a kernel first asks for them.
 
     `rows`: rows of the axis. `runs`: in row order, neighbours of one slot joined, bare rows left out. `active`: the
-    distinct slots, sorted.
+    distinct slots, sorted. `kept`: what kernels derive from it, so that every layer of a forward finds it made.
     """
 
     def __init__(self, rows: int, runs: tuple[Run, ...], device: torch.device) -> None:
@@ -78,6 +78,7 @@ class RowMap:
         self.active: tuple[int, ...] = tuple(sorted({run.slot for run in runs}))
         self.bare = not runs
         self._grids: dict[tuple[int, ...], Grid] = {}
+        self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
     @classmethod
     def of(cls, runs: Iterable[tuple[int, int]], device: torch.device) -> "RowMap":

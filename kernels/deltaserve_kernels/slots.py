@@ -1,5 +1,6 @@
 """SlotTable: for one primitive at one site, each slot's tensors and the device table of their addresses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,12 @@ class SlotTable:
 
     def __init__(self, columns: int, capacity: int, device: torch.device) -> None:
         self._columns = columns
-        self._capacity = capacity
-        self._device = device
+        self.capacity = capacity
+        self.device = device
         self._entries: dict[int, Entry] = {}
         self._addresses: torch.Tensor | None = None
         self.generation = 0
+        self.kept: dict[str, object] = {}
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._entries
@@ -43,14 +45,14 @@ class SlotTable:
     def addresses(self) -> torch.Tensor:
         """Made when the first entry comes: most sites of a large backbone never see one."""
         if self._addresses is None:
-            self._addresses = torch.zeros(self._capacity, self._columns, dtype=torch.int64, device=self._device)
+            self._addresses = torch.zeros(self.capacity, self._columns, dtype=torch.int64, device=self.device)
         return self._addresses
 
     def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
         """Publishes a slot's tensors; they must stay alive and where they are until `drop`."""
-        assert 0 <= slot < self._capacity and len(tensors) == self._columns
+        assert 0 <= slot < self.capacity and len(tensors) == self._columns
         for column, tensor in enumerate(tensors):
-            assert tensor is None or tensor.device == self._device
+            assert tensor is None or tensor.device == self.device
             assert tensor is None or tensor.is_contiguous() or (column in self.strided and tensor.stride(-1) == 1)
         self._entries[slot] = Entry(tensors, scalars)
         row = [0 if t is None else t.data_ptr() for t in tensors]
@@ -70,6 +72,10 @@ class SlotTable:
 
     def get(self, slot: int) -> Entry | None:
         return self._entries.get(slot)
+
+    def items(self) -> Mapping[int, Entry]:
+        """What every slot has here."""
+        return self._entries
 
     def touches(self, rowmap: RowMap) -> bool:
         """Whether any active slot has something here."""

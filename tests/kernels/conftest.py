@@ -1,5 +1,6 @@
-"""Rows with slots, for every popularity of deltas."""
+"""Rows with slots, for every popularity of deltas. Triton's kernels run in its interpreter."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,8 @@ from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.testing import POPULARITIES, popularity
 
 CPU = torch.device("cpu")
+# Read when kernels are defined, which is when the first launcher is asked for.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

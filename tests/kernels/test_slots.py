@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose, forced
+from deltaserve_kernels.dispatch import Implementation, choose, forced, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 from deltaserve_kernels.testing import error_ratio, poisoned, popularity
@@ -62,7 +62,7 @@ def test_a_column_may_be_declared_to_hold_views():
 
 def test_dispatch_can_be_overridden_in_one_thread():
     assert choose(CPU) is Implementation.CPU
-    assert choose(torch.device("cuda")) is Implementation.REFERENCE
+    assert choose(torch.device("cuda")) is Implementation.TRITON
     elsewhere: list[Implementation] = []
     with forced(Implementation.REFERENCE):
         assert choose(CPU) is Implementation.REFERENCE
@@ -73,6 +73,12 @@ def test_dispatch_can_be_overridden_in_one_thread():
             assert choose(CPU) is Implementation.CPU
         assert choose(CPU) is Implementation.REFERENCE
     assert choose(CPU) is Implementation.CPU and elsewhere == [Implementation.CPU]
+
+
+def test_the_reference_runs_where_there_is_no_other_path():
+    paths = {Implementation.REFERENCE: "reference", Implementation.CPU: "cpu"}
+    assert path(paths, CPU) == "cpu" and path(paths, torch.device("cuda")) == "reference"
+    assert path({**paths, Implementation.TRITON: "triton"}, torch.device("cuda")) == "triton"
 
 
 def test_the_error_is_that_of_the_worst_row_and_sees_poison():

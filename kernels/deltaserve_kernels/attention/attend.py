@@ -6,7 +6,7 @@ from deltaserve_kernels.attention import paths
 from deltaserve_kernels.attention.bias import RelativeBias
 from deltaserve_kernels.attention.prefix import PrefixTable
 from deltaserve_kernels.attention.sequences import Sequences
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 
 _PATHS = {Implementation.REFERENCE: paths.reference, Implementation.CPU: paths.cpu}
 
@@ -37,11 +37,11 @@ def attend(
         cache[0].index_copy_(0, sequences.write, key)
         cache[1].index_copy_(0, sequences.write, value)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    path = _PATHS[choose(query.device)]
+    run = path(_PATHS, query.device)
     attention = paths.Attention(sequences, prefix, scale, bias, window, softcap)
     for sequence in sequences.items:
         keys, values = cache if sequence.cached and cache is not None else (key, value)
         first, last = sequence.key_start, sequence.key_start + sequence.keys
         rows = slice(sequence.query_start, sequence.query_start + sequence.queries)
-        out[rows] = path(query[rows], keys[first:last], values[first:last], sequence, attention)
+        out[rows] = run(query[rows], keys[first:last], values[first:last], sequence, attention)
     return out

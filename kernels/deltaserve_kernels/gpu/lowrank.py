@@ -1,0 +1,135 @@
+"""LowRank as two kernels: shrink, h = x Aᵀ, and expand, y += scale · outer ⊙ ((inner ⊙ h) Bᵀ). arXiv 2106.09685.
+
+h is fp32, in `split` planes that expand sums as it reads them in a fixed order: a sum over few rows is spread over the
+whole chip without atomics, without zeroing, and with the same bits every time. Ranks are each slot's own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaserve_kernels.gpu.board import KINDS, Board, bits
+from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, power, precision
+from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tuning import LOW_RANK, Shape
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import Entry, SlotTable
+
+COLUMNS = 9
+"""Kind, A, B, rank, stride of A's rows, stride of B's rows, scale, inner, outer."""
+
+
+@triton.jit
+def shrink(
+    x, order, tiles, board, planes, x_stride, width, plane, ranks,
+    KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    SPLIT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """planes[s, place, r] = Σ x[row, k] · A[r, k] over the k of split s, for one tile's rows and R of its ranks."""
+    tile, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) != KIND:
+        return
+    rank = tl.load(here + 3).to(tl.int32)
+    if part * R >= rank:
+        return
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    rows = tl.load(order + first + m, mask=live, other=0)
+    r = part * R + tl.arange(0, R)
+    a = tl.load(here + 1).to(tl.pointer_type(TYPE)) + r.to(tl.int64) * tl.load(here + 4)
+    acc = tl.zeros((M, R), dtype=tl.float32)
+    for start in range(split * K, width, SPLIT * K):
+        k = start + tl.arange(0, K)
+        inside = k < width
+        given = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        down = tl.load(a[:, None] + k[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0)
+        if M == 1:
+            acc += tl.sum(given.to(tl.float32) * down.to(tl.float32), 1)[None, :]
+        elif HALF:
+            acc = tl.dot(given, tl.trans(down), acc)
+        else:
+            acc = tl.dot(given.to(tl.float32), tl.trans(down.to(tl.float32)), acc, input_precision="ieee")
+    out = planes + split.to(tl.int64) * plane + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+    tl.store(out, acc, mask=live[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def expand(
+    y, order, tiles, board, planes, y_stride, width, plane, ranks,
+    KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[row, n] += scale · outer[n] · Σ inner[r] · h[place, r] · B[n, r], for the rows of one tile and N outputs."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) != KIND:
+        return
+    rank = tl.load(here + 3).to(tl.int32)
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    rows = tl.load(order + first + m, mask=live, other=0)
+    n = part * N + tl.arange(0, N)
+    inside = n < width
+    b = tl.load(here + 2).to(tl.pointer_type(TYPE)) + n.to(tl.int64) * tl.load(here + 5)
+    inner, outer = tl.load(here + 7), tl.load(here + 8)
+    acc = tl.zeros((M, N), dtype=tl.float32)
+    for start in range(0, rank, R):
+        r = start + tl.arange(0, R)
+        low = (r < rank)[None, :]
+        h = tl.zeros((M, R), dtype=tl.float32)
+        spot = planes + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+        for split in range(SPLIT):
+            h += tl.load(spot + split * plane, mask=live[:, None] & low, other=0.0)
+        if inner != 0:
+            h *= tl.load(inner.to(tl.pointer_type(TYPE)) + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+        up = tl.load(b[:, None] + r[None, :], mask=inside[:, None] & low, other=0.0).to(tl.float32)
+        if M == 1:
+            acc += tl.sum(h * up, 1)[None, :]
+        else:
+            acc = tl.dot(h, tl.trans(up), acc, input_precision=PRECISION)
+    acc *= tl.load(here + 6).to(tl.int32).to(tl.float32, bitcast=True)
+    if outer != 0:
+        acc *= tl.load(outer.to(tl.pointer_type(TYPE)) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    out = y + rows[:, None] * y_stride + n[None, :]
+    seen = live[:, None] & inside[None, :]
+    tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
+
+
+def row(entry: Entry) -> tuple[int, ...]:
+    """A slot's row of the board."""
+    a, b = entry.tensors
+    assert a is not None and b is not None and a.dtype == b.dtype, "a low rank has one dtype"
+    assert a.stride(1) == b.stride(1) == 1, "rows of A and B are contiguous"
+    places = (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
+    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), 0, 0)
+
+
+def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """y += scale · (x Aᵀ) Bᵀ in place. y [rows, out], x [rows, in], of any float dtype; rows of both contiguous."""
+    board = Board.of(table, COLUMNS, row).rows()
+    entries = [entry for _, entry in table.entries(rowmap)]
+    ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
+    shape = Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1])
+    plan = LOW_RANK.choose(shape)
+    cut = tiles(rowmap, plan.m)
+    planes = torch.empty(plan.split, shape.rows, ranks, dtype=torch.float32, device=x.device)
+    r = min(plan.r, power(ranks))
+    for dtype in kinds(entries):
+        shared = {"KIND": KINDS[dtype], "TYPE": TYPES[dtype], "COLUMNS": COLUMNS, "M": plan.m, "SPLIT": plan.split}
+        shrink[(len(cut), triton.cdiv(ranks, r), plan.split)](
+            x, rowmap.order, cut, board, planes, x.stride(0), x.shape[1], planes.stride(0), ranks,
+            **shared, R=r, K=plan.k, HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+        )  # fmt: skip
+        expand[(len(cut), triton.cdiv(y.shape[1], plan.n))](
+            y, rowmap.order, cut, board, planes, y.stride(0), y.shape[1], planes.stride(0), ranks,
+            **shared, N=plan.n, R=r, PRECISION=precision(dtype), num_warps=plan.warps,
+        )  # fmt: skip

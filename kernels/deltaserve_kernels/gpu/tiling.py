@@ -1,0 +1,31 @@
+"""Tiling: the rows of a RowMap, by slot, cut into tiles of a fixed height."""
+
+import torch
+
+from deltaserve_kernels.rowmap import RowMap
+
+COLUMNS = 3
+"""Slot (BARE: an empty tile), first place in the order, rows."""
+
+
+def tiles(rowmap: RowMap, height: int) -> torch.Tensor:
+    """int32 [tiles, 3]: each tile's slot, where in `rowmap.order` it begins, and how many of its rows are meant.
+
+    Made once for each height and forward.
+    """
+    found = rowmap.kept.get(("tiles", height))
+    if found is None:
+        found = rowmap.kept["tiles", height] = torch.tensor(_cut(rowmap, height), dtype=torch.int32).to(rowmap.device)
+    return found
+
+
+def _cut(rowmap: RowMap, height: int) -> list[tuple[int, int, int]]:
+    counts: dict[int, int] = {}
+    for run in rowmap.runs:
+        counts[run.slot] = counts.get(run.slot, 0) + run.rows
+    cut, at = [], 0
+    for slot in sorted(counts):
+        for first in range(0, counts[slot], height):
+            cut.append((slot, at + first, min(height, counts[slot] - first)))
+        at += counts[slot]
+    return cut

@@ -1,0 +1,55 @@
+"""Which tile sizes a launch takes, by its shape. All choices are listed, so that tests compile them all."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`rows` of `tiles` distinct slots; `width` of the longer side of the product."""
+
+    rows: int
+    tiles: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """m rows, n outputs, r ranks, k inputs at a time; the sum over inputs in `split` parts."""
+
+    m: int
+    n: int
+    r: int
+    k: int
+    split: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Regime:
+    """`most`: rows for each slot, on average, up to which it holds."""
+
+    most: float
+    tiles: Tiles
+
+
+@dataclass(frozen=True)
+class Table:
+    """Regimes by rows per slot, rising; the last one has no end."""
+
+    regimes: tuple[Regime, ...]
+
+    def all(self) -> tuple[Tiles, ...]:
+        return tuple(dict.fromkeys(regime.tiles for regime in self.regimes))
+
+    def choose(self, shape: Shape) -> Tiles:
+        each = shape.rows / max(1, shape.tiles)
+        return next(regime.tiles for regime in self.regimes if each <= regime.most)
+
+
+LOW_RANK = Table(
+    (
+        Regime(2, Tiles(m=1, n=128, r=16, k=256, split=8, warps=4)),
+        Regime(64, Tiles(m=16, n=64, r=32, k=64, split=8, warps=4)),
+        Regime(float("inf"), Tiles(m=64, n=64, r=16, k=64, split=2, warps=4)),
+    )
+)
