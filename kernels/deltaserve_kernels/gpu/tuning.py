@@ -53,3 +53,18 @@ LOW_RANK = Table(
         Regime(float("inf"), Tiles(m=64, n=64, r=16, k=64, split=2, warps=4)),
     )
 )
+
+DENSE = Table(
+    (
+        Regime(2, Tiles(m=1, n=32, r=0, k=256, split=1, warps=4)),
+        Regime(32, Tiles(m=16, n=64, r=0, k=32, split=1, warps=4)),
+        Regime(float("inf"), Tiles(m=64, n=64, r=0, k=32, split=1, warps=4)),
+    )
+)
+
+BLOCK = Table(
+    (
+        Regime(2, Tiles(m=1, n=256, r=0, k=0, split=1, warps=4)),
+        Regime(float("inf"), Tiles(m=16, n=32, r=0, k=0, split=1, warps=4)),
+    )
+)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from deltaserve_kernels.gpu import lowrank
+from deltaserve_kernels.gpu import affine, block, dense, lowrank
 from deltaserve_kernels.gpu.board import KINDS
 from deltaserve_kernels.gpu.launch import SMALLEST, TYPES, on_tensor_cores, precision
-from deltaserve_kernels.gpu.tuning import LOW_RANK
+from deltaserve_kernels.gpu.tuning import BLOCK, DENSE, LOW_RANK
 
 _POINTERS: Mapping[torch.dtype, str] = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -32,9 +32,16 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """bfloat16 rows with deltas in bfloat16 and float32, and all in float32: what servers run."""
+    """bfloat16 rows with deltas in bfloat16 and float32, and all in float32: what servers run.
+
+    What deltas add to a linear is summed in float32, whatever its rows are.
+    """
     for rows, weights in _DTYPES:
         yield from _low_rank(rows, weights)
+        yield from _dense(rows, weights)
+    for rows in (torch.bfloat16, torch.float32):
+        yield from _affine(rows)
+        yield from _block(rows, torch.float32)
 
 
 _DTYPES = (
@@ -56,7 +63,43 @@ def _low_rank(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
             t.warps, t.m > 1 and on_tensor_cores(rows, weights), ("x", "x_stride", "width", "planes"),
         )  # fmt: skip
         yield Variant(
-            f"expand {label}", lowrank.expand, {"y": _POINTERS[rows], **shared, "y_stride": "i32", **numbers},
+            f"expand {label}", lowrank.expand, {"y": "*fp32", **shared, "y_stride": "i32", **numbers},
             known | {"N": t.n, "SPLIT": t.split, "PRECISION": precision(weights)},
             t.warps, t.m > 1 and weights != torch.float32, ("y", "y_stride", "width", "planes"),
+        )  # fmt: skip
+
+
+def _dense(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
+    for t in DENSE.all():
+        yield Variant(
+            f"dense m{t.m} {rows}/{weights}".replace("torch.", ""), dense.dense,
+            {"y": "*fp32", "x": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
+             "y_stride": "i32", "x_stride": "i32", "width": "i32"},
+            {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": dense.COLUMNS, "M": t.m, "N": t.n, "K": t.k,
+             "HALF": on_tensor_cores(rows, weights)},
+            t.warps, t.m > 1 and on_tensor_cores(rows, weights), ("y", "x", "y_stride", "x_stride", "width"),
+        )  # fmt: skip
+
+
+def _affine(rows: torch.dtype) -> Iterator[Variant]:
+    sides = [("in", affine.IN_SCALE, 0)] + ([("out", affine.SCALE, affine.SHIFT)] if rows == torch.float32 else [])
+    for side, scale, shift in sides:
+        yield Variant(
+            f"affine {side} {rows}".replace("torch.", ""), affine.affine,
+            {"x": _POINTERS[rows], "out": _POINTERS[rows], "slots": "*i32", "board": "*i64",
+             "x_stride": "i32", "out_stride": "i32", "width": "i32"},
+            {"COLUMNS": affine.COLUMNS, "SCALE": scale, "SHIFT": shift, "N": affine.N},
+            affine.WARPS, False, ("x", "out", "x_stride", "out_stride", "width"),
+        )  # fmt: skip
+
+
+def _block(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
+    for t in BLOCK.all():
+        yield Variant(
+            f"block m{t.m} {rows}/{weights}".replace("torch.", ""), block.block,
+            {"x": _POINTERS[rows], "out": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
+             "x_stride": "i32", "out_stride": "i32", "width": "i32"},
+            {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": block.COLUMNS, "M": t.m, "N": t.n,
+             "PRECISION": precision(weights)},
+            t.warps, False, ("x", "out", "x_stride", "out_stride", "width"),
         )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Block as one kernel: rows times a block-diagonal matrix. OFT (arXiv 2306.07280), RoAd (2409.00119)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaserve_kernels.gpu.board import KINDS, Board
+from deltaserve_kernels.gpu.launch import TYPES, kinds, precision
+from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tuning import BLOCK, Shape
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import Entry, SlotTable
+
+COLUMNS = 3
+"""Kind, blocks [n, b, b], b."""
+
+
+@triton.jit
+def block(
+    x, out, order, tiles, board, x_stride, out_stride, width,
+    KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[row, j] = Σ x[row, first of j's block + i] · R[block, i, j], for one tile's rows and N of the width.
+
+    Where blocks are multiples of N, each program stays inside one, and the sum is a product of tiles.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) != KIND:
+        return
+    blocks, b = tl.load(here + 1).to(tl.pointer_type(TYPE)), tl.load(here + 2).to(tl.int32)
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    rows = tl.load(order + first + m, mask=live, other=0)
+    n = part * N + tl.arange(0, N)
+    inside = n < width
+    acc = tl.zeros((M, N), dtype=tl.float32)
+    if (M > 1) & (b % N == 0):
+        begin = part * N // b * b
+        matrix = blocks + begin.to(tl.int64) * b + (n - begin)
+        for start in range(0, b, N):
+            i = start + tl.arange(0, N)
+            given = tl.load(x + rows[:, None] * x_stride + (begin + i)[None, :], mask=live[:, None], other=0.0)
+            r = tl.load(matrix[None, :] + i[:, None] * b, mask=inside[None, :], other=0.0)
+            if M > 1:
+                acc = tl.dot(given.to(tl.float32), r.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        begins = n // b * b
+        matrix = blocks + begins.to(tl.int64) * b + (n - begins)
+        for i in range(0, b):
+            given = tl.load(
+                x + rows[:, None] * x_stride + (begins + i)[None, :], mask=live[:, None] & inside[None, :], other=0.0
+            )
+            r = tl.load(matrix + i * b, mask=inside, other=0.0)
+            acc += given.to(tl.float32) * r.to(tl.float32)[None, :]
+    place = out + rows[:, None] * out_stride + n[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+def row(entry: Entry) -> tuple[int, ...]:
+    """A slot's row of the board."""
+    blocks = entry.tensors[0]
+    assert blocks is not None and blocks.is_contiguous()
+    return (KINDS[blocks.dtype], blocks.data_ptr(), blocks.shape[1])
+
+
+def turned(x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> torch.Tensor:
+    """x · diag(R_1, ...), fp32 rounded once; rows of slots that have none are bit-identical. x [rows, width]."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    _launch(x, out, rowmap, table)
+    return out
+
+
+def turn(y: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """The same in place."""
+    _launch(y.clone(), y, rowmap, table)
+
+
+def _launch(x: torch.Tensor, out: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    plan = BLOCK.choose(Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1]))
+    cut, board = tiles(rowmap, plan.m), Board.of(table, COLUMNS, row).rows()
+    for dtype in kinds(entry for _, entry in table.entries(rowmap)):
+        block[(len(cut), triton.cdiv(x.shape[1], plan.n))](
+            x, out, rowmap.order, cut, board, x.stride(0), out.stride(0), x.shape[1],
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, PRECISION=precision(dtype),
+            num_warps=plan.warps,
+        )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Dense as one grouped product: y[:, column] (+)= x Wᵀ + b, each tile of rows with its own slot's W.
+
+Rows of outputs (trainable tokens at a vocabulary linear) are the same with some columns only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaserve_kernels.gpu.board import KINDS, Board
+from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores
+from deltaserve_kernels.gpu.numbers import numbers
+from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tuning import DENSE, Shape
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import Entry, SlotTable
+
+COLUMNS = 7
+"""Kind, W, outputs, bias, the bias's kind, whether it replaces, columns (0: all, in order)."""
+
+
+@triton.jit
+def dense(
+    y, x, order, tiles, board, y_stride, x_stride, width,
+    KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The rows of one tile and N outputs, over all inputs."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) != KIND:
+        return
+    outputs = tl.load(here + 2)
+    if part * N >= outputs:
+        return
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    rows = tl.load(order + first + m, mask=live, other=0)
+    n = part * N + tl.arange(0, N)
+    inside = n < outputs
+    weight = tl.load(here + 1).to(tl.pointer_type(TYPE)) + n.to(tl.int64) * width
+    acc = tl.zeros((M, N), dtype=tl.float32)
+    for start in range(0, width, K):
+        k = start + tl.arange(0, K)
+        low = k < width
+        given = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=live[:, None] & low[None, :], other=0.0)
+        w = tl.load(weight[:, None] + k[None, :], mask=inside[:, None] & low[None, :], other=0.0)
+        if M == 1:
+            acc += tl.sum(given.to(tl.float32) * w.to(tl.float32), 1)[None, :]
+        elif HALF:
+            acc = tl.dot(given, tl.trans(w), acc)
+        else:
+            acc = tl.dot(given.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
+    bias, columns = tl.load(here + 3), tl.load(here + 6)
+    if bias != 0:
+        acc += numbers(bias, tl.load(here + 4), n, inside)[None, :]
+    place = n.to(tl.int64)
+    if columns != 0:
+        place = tl.load(columns.to(tl.pointer_type(tl.int32)) + n, mask=inside, other=0).to(tl.int64)
+    out = y + rows[:, None] * y_stride + place[None, :]
+    seen = live[:, None] & inside[None, :]
+    if tl.load(here + 5) == 0:
+        acc += tl.load(out, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(y.dtype.element_ty), mask=seen)
+
+
+def weights(entry: Entry) -> tuple[int, ...]:
+    """A slot's row of the board: columns weight [out, in] and bias, scalar replace."""
+    weight, bias = entry.tensors
+    assert weight is not None and weight.is_contiguous()
+    told = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
+    return (KINDS[weight.dtype], weight.data_ptr(), weight.shape[0], *told, int(entry.scalars[0]), 0)
+
+
+def outputs(entry: Entry) -> tuple[int, ...]:
+    """The same of Rows: columns index [n] and values [n, in], which replace."""
+    index, values = entry.tensors
+    assert index is not None and values is not None and index.dtype == torch.int32 and values.is_contiguous()
+    return (KINDS[values.dtype], values.data_ptr(), values.shape[0], 0, 0, 1, index.data_ptr())
+
+
+def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """y += x Wᵀ + b, or y = x Wᵀ + b, in place. y [rows, out], x [rows, in], of any float dtype."""
+    entries = [entry for _, entry in table.entries(rowmap)]
+    most = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
+    _launch(y, x, rowmap, Board.of(table, COLUMNS, weights), kinds(entries), most)
+
+
+def replace_outputs(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """y[:, index] = x valuesᵀ in place. y [rows, vocabulary], x [rows, in], of any float dtype."""
+    values = [entry.tensors[1] for _, entry in table.entries(rowmap)]
+    most = max(int(t.shape[0]) for t in values if t is not None)
+    dtypes = list(dict.fromkeys(t.dtype for t in values if t is not None))
+    _launch(y, x, rowmap, Board.of(table, COLUMNS, outputs), dtypes, most)
+
+
+def _launch(
+    y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, board: Board, dtypes: list[torch.dtype], most: int
+) -> None:
+    plan = DENSE.choose(Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1]))
+    cut, told = tiles(rowmap, plan.m), board.rows()
+    for dtype in dtypes:
+        dense[(len(cut), triton.cdiv(most, plan.n))](
+            y, x, rowmap.order, cut, told, y.stride(0), x.stride(0), x.shape[1],
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, K=plan.k,
+            HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+        )  # fmt: skip
