@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
@@ -36,7 +36,7 @@ def scale_input(x: torch.Tensor, rowmap: RowMap, table: AffineTable) -> torch.Te
     if not found:
         return x
     out = x.clone()
-    _INPUTS[choose(x.device)](out, found, rowmap, table)
+    path(_INPUTS, x.device)(out, found, rowmap, table)
     return out
 
 
@@ -46,7 +46,7 @@ def scale_output(y: torch.Tensor, rowmap: RowMap, table: AffineTable) -> None:
         return
     found = [each for each in table.entries(rowmap) if any(t is not None for t in each[1].tensors[_SCALE:])]
     if found:
-        _OUTPUTS[choose(y.device)](y, found, rowmap, table)
+        path(_OUTPUTS, y.device)(y, found, rowmap, table)
 
 
 def reference_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
@@ -105,5 +105,25 @@ def _column(tensors: Sequence[torch.Tensor | None], column: int) -> torch.Tensor
     return torch.stack([nothing if tensor is None else tensor.float() for tensor in tensors])
 
 
-_INPUTS = {Implementation.REFERENCE: reference_input, Implementation.CPU: cpu_input}
-_OUTPUTS = {Implementation.REFERENCE: reference_output, Implementation.CPU: cpu_output}
+def triton_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    from deltaserve_kernels.gpu import affine
+
+    affine.scale_input(out, rowmap, table)
+
+
+def triton_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
+    from deltaserve_kernels.gpu import affine
+
+    affine.scale_output(y, rowmap, table)
+
+
+_INPUTS = {
+    Implementation.REFERENCE: reference_input,
+    Implementation.CPU: cpu_input,
+    Implementation.TRITON: triton_input,
+}
+_OUTPUTS = {
+    Implementation.REFERENCE: reference_output,
+    Implementation.CPU: cpu_output,
+    Implementation.TRITON: triton_output,
+}

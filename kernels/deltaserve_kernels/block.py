@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 from deltaserve_kernels.stacks import Found, Stacks, parted
@@ -45,7 +45,7 @@ def turned(x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> torch.Tensor:
     if not table.touches(rowmap):
         return x
     out = x.clone()
-    _PATHS[choose(x.device)](out, x, rowmap, table)
+    path(_PATHS, x.device)(out, x, rowmap, table)
     return out
 
 
@@ -53,7 +53,7 @@ def turn(y: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:
     """The same in place. y fp32 [rows, width]; bare rows are not touched."""
     if not table.touches(rowmap):
         return
-    _PATHS[choose(y.device)](y, y, rowmap, table)
+    path(_PATHS, y.device)(y, y, rowmap, table)
 
 
 def reference(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:
@@ -127,4 +127,10 @@ def _stacked(entries: Sequence[Entry]) -> torch.Tensor:
     return blocks.permute(0, 2, 3, 1).unsqueeze(1).contiguous() if small else blocks
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:
+    from deltaserve_kernels.gpu import block
+
+    block.launch(out, x, rowmap, table)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
@@ -28,7 +28,7 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -
     """
     if not table.touches(rowmap):
         return
-    _PATHS[choose(y.device)](y, x, rowmap, table)
+    path(_PATHS, y.device)(y, x, rowmap, table)
 
 
 def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -> None:
@@ -74,4 +74,10 @@ def heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]
     return out
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) -> None:
+    from deltaserve_kernels.gpu import dense
+
+    dense.apply(y, x, rowmap, table)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -2,6 +2,7 @@
 
 import torch
 
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
@@ -37,7 +38,20 @@ def replace_outputs(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: Row
     """At a vocabulary linear: y[:, index] = x valuesᵀ, in place. y fp32 [rows, vocabulary]; x [rows, in]."""
     if not table.touches(rowmap):
         return
+    path(_OUTPUTS, y.device)(y, x, rowmap, table)
+
+
+def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: RowsTable) -> None:
     for run, entry in table.entries(rowmap):
         index, values = entry.tensors[_INDEX], entry.tensors[_VALUES]
         assert index is not None and values is not None
         y[run.start : run.stop, index.long()] = x[run.start : run.stop].float() @ values.float().T
+
+
+def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: RowsTable) -> None:
+    from deltaserve_kernels.gpu import dense
+
+    dense.replace_outputs(y, x, rowmap, table)
+
+
+_OUTPUTS = {Implementation.REFERENCE: reference, Implementation.TRITON: triton}

@@ -2,7 +2,7 @@
 
 import torch
 
-from deltaserve_kernels.dispatch import Implementation, choose
+from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -48,7 +48,7 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) 
     """
     if not table.touches(rowmap):
         return
-    _PATHS[choose(y.device)](y, x, rowmap, table)
+    path(_PATHS, y.device)(y, x, rowmap, table)
 
 
 def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) -> None:
@@ -90,4 +90,10 @@ def _sorted(entry: Entry, outputs: int) -> Bags:
     return inputs, (counts.cumsum(0) - counts).int(), numbers
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) -> None:
+    from deltaserve_kernels.gpu import sparse
+
+    sparse.launch(y, x, rowmap, table, table.bags)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -15,6 +15,23 @@ CPU = torch.device("cpu")
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+SELDOM = ("identical", "distinct", "zipf")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter is slow: without the long tests it runs the popularities that have most in them."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("implementation") is Implementation.TRITON and params.get("spread") in SELDOM:
+            item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture
+def steps(implementation: Implementation) -> float:
+    """How many halves of a last bit a rounded number may be off: the interpreter cuts bfloat16 where GPUs round."""
+    return 2.0 if implementation is Implementation.TRITON else 1.0
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(11)

@@ -1,4 +1,4 @@
-"""Affine as one elementwise kernel: out = x ⊙ scale + shift, each row its own. IA³ (arXiv 2205.05638), BitFit."""
+"""Affine as one elementwise kernel: x = x ⊙ scale + shift, each row its own. IA³ (arXiv 2205.05638), BitFit."""
 
 import torch
 import triton
@@ -18,28 +18,31 @@ WARPS = 4
 
 @triton.jit
 def affine(
-    x, out, slots, board, x_stride, out_stride, width,
+    x, slots, board, stride, width,
     COLUMNS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One row and N of its numbers. SCALE and SHIFT are columns of the board, 0 for none. `out` may be `x`."""
+    """One row and N of its numbers, in place. SCALE and SHIFT are columns of the board, 0 for none."""
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
-    inside = n < width
-    given = tl.load(x + row * x_stride + n, mask=inside, other=0.0)
-    total = given.to(tl.float32)
     slot = tl.load(slots + row)
-    if slot >= 0:
-        here = board + slot.to(tl.int64) * COLUMNS
-        scale = tl.load(here + SCALE)
-        if scale != 0:
-            total *= numbers(scale, tl.load(here + SCALE + 1), n, inside)
-        if SHIFT > 0:
-            shift = tl.load(here + SHIFT)
-            if shift != 0:
-                total += numbers(shift, tl.load(here + SHIFT + 1), n, inside)
-    tl.store(out + row * out_stride + n, total.to(out.dtype.element_ty), mask=inside)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    scale, shift = tl.load(here + SCALE), tl.load(here + SHIFT)
+    if SHIFT == 0:
+        shift = scale * 0
+    if (scale == 0) & (shift == 0):
+        return
+    inside = n < width
+    place = x + row * stride + n
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if scale != 0:
+        total *= numbers(scale, tl.load(here + SCALE + 1), n, inside)
+    if shift != 0:
+        total += numbers(shift, tl.load(here + SHIFT + 1), n, inside)
+    tl.store(place, total.to(x.dtype.element_ty), mask=inside)
 
 
-def row(entry: Entry) -> tuple[int, ...]:
+def row(_: int, entry: Entry) -> tuple[int, ...]:
     """A slot's row of the board."""
     told = [1]
     for tensor in entry.tensors:
@@ -47,21 +50,19 @@ def row(entry: Entry) -> tuple[int, ...]:
     return tuple(told)
 
 
-def scaled_input(x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> torch.Tensor:
-    """x ⊙ in_scale, fp32 rounded once to x's dtype; rows of slots that have none are bit-identical. x [rows, in]."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, out, rowmap, table, IN_SCALE, 0)
-    return out
+def scale_input(out: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """out = out ⊙ in_scale in place, fp32 rounded once. out [rows, in]; rows of slots without one stay as they are."""
+    _launch(out, rowmap, table, IN_SCALE, 0)
 
 
 def scale_output(y: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
     """y = y ⊙ scale + shift in place. y [rows, out], any float dtype."""
-    _launch(y, y, rowmap, table, SCALE, SHIFT)
+    _launch(y, rowmap, table, SCALE, SHIFT)
 
 
-def _launch(x: torch.Tensor, out: torch.Tensor, rowmap: RowMap, table: SlotTable, scale: int, shift: int) -> None:
+def _launch(rows: torch.Tensor, rowmap: RowMap, table: SlotTable, scale: int, shift: int) -> None:
     board = Board.of(table, COLUMNS, row).rows()
-    affine[(x.shape[0], triton.cdiv(x.shape[1], N))](
-        x, out, rowmap.slots, board, x.stride(0), out.stride(0), x.shape[1],
+    affine[(rows.shape[0], triton.cdiv(rows.shape[1], N))](
+        rows, rowmap.slots, board, rows.stride(0), rows.shape[1],
         COLUMNS=COLUMNS, SCALE=scale, SHIFT=shift, N=N, num_warps=WARPS,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from deltaserve_kernels.gpu.tuning import BLOCK, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
-COLUMNS = 3
-"""Kind, blocks [n, b, b], b."""
+COLUMNS = 4
+"""Kind, blocks [n, b, b] or [m, b, b, s], b, s (1 where what a block turns stands together)."""
 
 
 @triton.jit
@@ -40,7 +40,8 @@ def block(
     n = part * N + tl.arange(0, N)
     inside = n < width
     acc = tl.zeros((M, N), dtype=tl.float32)
-    if (M > 1) & (b % N == 0):
+    apart = tl.load(here + 3).to(tl.int32)
+    if (M > 1) & (b % N == 0) & (apart == 1):
         begin = part * N // b * b
         matrix = blocks + begin.to(tl.int64) * b + (n - begin)
         for start in range(0, b, N):
@@ -50,38 +51,30 @@ def block(
             if M > 1:
                 acc = tl.dot(given.to(tl.float32), r.to(tl.float32), acc, input_precision=PRECISION)
     else:
-        begins = n // b * b
+        begins = n // (b * apart) * (b * apart)
+        shift = n % apart
         matrix = blocks + begins.to(tl.int64) * b + (n - begins)
         for i in range(0, b):
             given = tl.load(
-                x + rows[:, None] * x_stride + (begins + i)[None, :], mask=live[:, None] & inside[None, :], other=0.0
-            )
-            r = tl.load(matrix + i * b, mask=inside, other=0.0)
+                x + rows[:, None] * x_stride + (begins + i * apart + shift)[None, :],
+                mask=live[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            r = tl.load(matrix + i * b * apart, mask=inside, other=0.0)
             acc += given.to(tl.float32) * r.to(tl.float32)[None, :]
     place = out + rows[:, None] * out_stride + n[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-def row(entry: Entry) -> tuple[int, ...]:
+def row(_: int, entry: Entry) -> tuple[int, ...]:
     """A slot's row of the board."""
     blocks = entry.tensors[0]
     assert blocks is not None and blocks.is_contiguous()
-    return (KINDS[blocks.dtype], blocks.data_ptr(), blocks.shape[1])
+    return (KINDS[blocks.dtype], blocks.data_ptr(), blocks.shape[1], blocks.shape[3] if blocks.ndim == 4 else 1)
 
 
-def turned(x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> torch.Tensor:
-    """x · diag(R_1, ...), fp32 rounded once; rows of slots that have none are bit-identical. x [rows, width]."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    _launch(x, out, rowmap, table)
-    return out
-
-
-def turn(y: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """The same in place."""
-    _launch(y.clone(), y, rowmap, table)
-
-
-def _launch(x: torch.Tensor, out: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+def launch(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
+    """Writes x · diag(R_1, ...), fp32 rounded once, to the rows of `out` that have blocks; `out` may be x."""
+    x = x.clone() if out is x else x
     plan = BLOCK.choose(Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1]))
     cut, board = tiles(rowmap, plan.m), Board.of(table, COLUMNS, row).rows()
     for dtype in kinds(entry for _, entry in table.entries(rowmap)):

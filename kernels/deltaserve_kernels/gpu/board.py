@@ -25,7 +25,7 @@ class Board:
     Memory stays where it is for ever: rows are overwritten in place, between forwards.
     """
 
-    def __init__(self, table: SlotTable, columns: int, row: Callable[[Entry], Sequence[int]]) -> None:
+    def __init__(self, table: SlotTable, columns: int, row: Callable[[int, Entry], Sequence[int]]) -> None:
         self._table = table
         self._row = row
         self._columns = columns
@@ -34,7 +34,7 @@ class Board:
         self._rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, table: SlotTable, columns: int, row: Callable[[Entry], Sequence[int]]) -> "Board":
+    def of(cls, table: SlotTable, columns: int, row: Callable[[int, Entry], Sequence[int]]) -> "Board":
         """The table's board; made when a kernel first asks for it."""
         found = table.kept.get("board")
         if found is None:
@@ -57,5 +57,5 @@ class Board:
             rows[slot] = NOTHING
         for slot, entry in now.items():
             if self._shown.get(slot) is not entry:
-                rows[slot] = torch.tensor(self._row(entry), dtype=torch.int64)
+                rows[slot] = torch.tensor(self._row(slot, entry), dtype=torch.int64)
         self._shown = dict(now)

@@ -68,7 +68,7 @@ def dense(
     tl.store(out, acc.to(y.dtype.element_ty), mask=seen)
 
 
-def weights(entry: Entry) -> tuple[int, ...]:
+def weights(_: int, entry: Entry) -> tuple[int, ...]:
     """A slot's row of the board: columns weight [out, in] and bias, scalar replace."""
     weight, bias = entry.tensors
     assert weight is not None and weight.is_contiguous()
@@ -76,7 +76,7 @@ def weights(entry: Entry) -> tuple[int, ...]:
     return (KINDS[weight.dtype], weight.data_ptr(), weight.shape[0], *told, int(entry.scalars[0]), 0)
 
 
-def outputs(entry: Entry) -> tuple[int, ...]:
+def outputs(_: int, entry: Entry) -> tuple[int, ...]:
     """The same of Rows: columns index [n] and values [n, in], which replace."""
     index, values = entry.tensors
     assert index is not None and values is not None and index.dtype == torch.int32 and values.is_contiguous()

@@ -1,4 +1,6 @@
-"""LowRank as two kernels: shrink, h = x Aᵀ, and expand, y += scale · outer ⊙ ((inner ⊙ h) Bᵀ). arXiv 2106.09685.
+"""LowRank as two kernels: shrink, h = x Aᵀ, and expand, y += scale · outer ⊙ (h Bᵀ). LoRA (arXiv 2106.09685).
+
+Where some slot has an inner, a third stands between them and makes h D of h; see `deltaserve_kernels.lowrank`.
 
 h is fp32, in `split` planes that expand sums as it reads them in a fixed order: a sum over few rows is spread over the
 whole chip without atomics, without zeroing, and with the same bits every time. Ranks are each slot's own.
@@ -10,13 +12,14 @@ import triton.language as tl
 
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, power, precision
+from deltaserve_kernels.gpu.numbers import numbers
 from deltaserve_kernels.gpu.tiling import tiles
 from deltaserve_kernels.gpu.tuning import LOW_RANK, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
-COLUMNS = 9
-"""Kind, A, B, rank, stride of A's rows, stride of B's rows, scale, inner, outer."""
+COLUMNS = 12
+"""Kind, A, B, rank, strides of the rows of A and of B, scale, outer and its kind, inner, its kind, dimensions."""
 
 
 @triton.jit
@@ -59,12 +62,51 @@ def shrink(
 
 
 @triton.jit
+def turn(
+    tiles, board, planes, turned, plane, ranks,
+    COLUMNS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """turned[place, r] = Σ h[place, j] · D[j, r], for the rows of one tile and R of its ranks."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) == 0:
+        return
+    rank = tl.load(here + 3).to(tl.int32)
+    if part * R >= rank:
+        return
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    r = part * R + tl.arange(0, R)
+    low = r < rank
+    lines = planes + (first + m).to(tl.int64) * ranks
+    inner, kind, dimensions = tl.load(here + 9), tl.load(here + 10), tl.load(here + 11)
+    acc = tl.zeros((M, R), dtype=tl.float32)
+    if dimensions == 2:
+        for j in range(0, rank):
+            h = tl.zeros((M,), dtype=tl.float32)
+            for split in range(SPLIT):
+                h += tl.load(lines + split * plane + j, mask=live, other=0.0)
+            acc += h[:, None] * numbers(inner, kind, r * rank + j, low)[None, :]
+    else:
+        for split in range(SPLIT):
+            acc += tl.load(lines[:, None] + split * plane + r[None, :], mask=live[:, None] & low[None, :], other=0.0)
+        if dimensions == 1:
+            acc *= numbers(inner, kind, r, low)[None, :]
+    place = turned + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+    tl.store(place, acc, mask=live[:, None] & low[None, :])
+
+
+@triton.jit
 def expand(
     y, order, tiles, board, planes, y_stride, width, plane, ranks,
     KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[row, n] += scale · outer[n] · Σ inner[r] · h[place, r] · B[n, r], for the rows of one tile and N outputs."""
+    """y[row, n] += scale · outer[n] · Σ h[place, r] · B[n, r], for the rows of one tile and N outputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tiles + tile * 3)
     if slot < 0:
@@ -80,7 +122,7 @@ def expand(
     n = part * N + tl.arange(0, N)
     inside = n < width
     b = tl.load(here + 2).to(tl.pointer_type(TYPE)) + n.to(tl.int64) * tl.load(here + 5)
-    inner, outer = tl.load(here + 7), tl.load(here + 8)
+    outer = tl.load(here + 7)
     acc = tl.zeros((M, N), dtype=tl.float32)
     for start in range(0, rank, R):
         r = start + tl.arange(0, R)
@@ -89,8 +131,6 @@ def expand(
         spot = planes + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
         for split in range(SPLIT):
             h += tl.load(spot + split * plane, mask=live[:, None] & low, other=0.0)
-        if inner != 0:
-            h *= tl.load(inner.to(tl.pointer_type(TYPE)) + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
         up = tl.load(b[:, None] + r[None, :], mask=inside[:, None] & low, other=0.0).to(tl.float32)
         if M == 1:
             acc += tl.sum(h * up, 1)[None, :]
@@ -98,38 +138,49 @@ def expand(
             acc = tl.dot(h, tl.trans(up), acc, input_precision=PRECISION)
     acc *= tl.load(here + 6).to(tl.int32).to(tl.float32, bitcast=True)
     if outer != 0:
-        acc *= tl.load(outer.to(tl.pointer_type(TYPE)) + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        acc *= numbers(outer, tl.load(here + 8), n, inside)[None, :]
     out = y + rows[:, None] * y_stride + n[None, :]
     seen = live[:, None] & inside[None, :]
     tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
 
 
-def row(entry: Entry) -> tuple[int, ...]:
+def row(_: int, entry: Entry) -> tuple[int, ...]:
     """A slot's row of the board."""
-    a, b = entry.tensors
+    a, b, inner, outer = entry.tensors
     assert a is not None and b is not None and a.dtype == b.dtype, "a low rank has one dtype"
     assert a.stride(1) == b.stride(1) == 1, "rows of A and B are contiguous"
     places = (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
-    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), 0, 0)
+    after = (0, 0) if outer is None else (outer.data_ptr(), KINDS[outer.dtype])
+    between = (0, 0, 0) if inner is None else (inner.data_ptr(), KINDS[inner.dtype], inner.ndim)
+    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), *after, *between)
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """y += scale · (x Aᵀ) Bᵀ in place. y [rows, out], x [rows, in], of any float dtype; rows of both contiguous."""
+    """y += scale · outer ⊙ (x Aᵀ D Bᵀ) in place. y [rows, out], x [rows, in], of any float dtype."""
     board = Board.of(table, COLUMNS, row).rows()
     entries = [entry for _, entry in table.entries(rowmap)]
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
-    shape = Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1])
-    plan = LOW_RANK.choose(shape)
-    cut = tiles(rowmap, plan.m)
-    planes = torch.empty(plan.split, shape.rows, ranks, dtype=torch.float32, device=x.device)
-    r = min(plan.r, power(ranks))
+    rows = len(rowmap.order)
+    plan = LOW_RANK.choose(Shape(rows=rows, tiles=len(rowmap.active), width=x.shape[1]))
+    cut, r = tiles(rowmap, plan.m), min(plan.r, power(ranks))
+    planes = torch.empty(plan.split, rows, ranks, dtype=torch.float32, device=x.device)
     for dtype in kinds(entries):
-        shared = {"KIND": KINDS[dtype], "TYPE": TYPES[dtype], "COLUMNS": COLUMNS, "M": plan.m, "SPLIT": plan.split}
         shrink[(len(cut), triton.cdiv(ranks, r), plan.split)](
             x, rowmap.order, cut, board, planes, x.stride(0), x.shape[1], planes.stride(0), ranks,
-            **shared, R=r, K=plan.k, HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, R=r, K=plan.k, SPLIT=plan.split,
+            HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
         )  # fmt: skip
+    split = plan.split
+    if any(entry.tensors[2] is not None for entry in entries):
+        turned = torch.empty(1, rows, ranks, dtype=torch.float32, device=x.device)
+        turn[(len(cut), triton.cdiv(ranks, r))](
+            cut, board, planes, turned, planes.stride(0), ranks,
+            COLUMNS=COLUMNS, M=plan.m, R=r, SPLIT=split, num_warps=plan.warps,
+        )  # fmt: skip
+        planes, split = turned, 1
+    for dtype in kinds(entries):
         expand[(len(cut), triton.cdiv(y.shape[1], plan.n))](
             y, rowmap.order, cut, board, planes, y.stride(0), y.shape[1], planes.stride(0), ranks,
-            **shared, N=plan.n, R=r, PRECISION=precision(dtype), num_warps=plan.warps,
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, R=r, SPLIT=split,
+            PRECISION=precision(dtype), num_warps=plan.warps,
         )  # fmt: skip

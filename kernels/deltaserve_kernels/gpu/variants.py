@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deltaserve_kernels.gpu import affine, block, dense, lowrank
+from deltaserve_kernels.gpu import affine, block, dense, lowrank, sparse
 from deltaserve_kernels.gpu.board import KINDS
 from deltaserve_kernels.gpu.launch import SMALLEST, TYPES, on_tensor_cores, precision
 from deltaserve_kernels.gpu.tuning import BLOCK, DENSE, LOW_RANK
@@ -42,6 +42,8 @@ def variants() -> Iterator[Variant]:
     for rows in (torch.bfloat16, torch.float32):
         yield from _affine(rows)
         yield from _block(rows, torch.float32)
+        yield _sparse(rows)
+    yield from _turns()
 
 
 _DTYPES = (
@@ -86,10 +88,9 @@ def _affine(rows: torch.dtype) -> Iterator[Variant]:
     for side, scale, shift in sides:
         yield Variant(
             f"affine {side} {rows}".replace("torch.", ""), affine.affine,
-            {"x": _POINTERS[rows], "out": _POINTERS[rows], "slots": "*i32", "board": "*i64",
-             "x_stride": "i32", "out_stride": "i32", "width": "i32"},
+            {"x": _POINTERS[rows], "slots": "*i32", "board": "*i64", "stride": "i32", "width": "i32"},
             {"COLUMNS": affine.COLUMNS, "SCALE": scale, "SHIFT": shift, "N": affine.N},
-            affine.WARPS, False, ("x", "out", "x_stride", "out_stride", "width"),
+            affine.WARPS, False, ("x", "stride", "width"),
         )  # fmt: skip
 
 
@@ -102,4 +103,23 @@ def _block(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
             {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": block.COLUMNS, "M": t.m, "N": t.n,
              "PRECISION": precision(weights)},
             t.warps, False, ("x", "out", "x_stride", "out_stride", "width"),
+        )  # fmt: skip
+
+
+def _sparse(rows: torch.dtype) -> Variant:
+    return Variant(
+        f"sparse {rows}".replace("torch.", ""), sparse.sparse,
+        {"y": "*fp32", "x": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
+         "y_stride": "i32", "x_stride": "i32", "width": "i32"},
+        {"COLUMNS": sparse.COLUMNS, "M": sparse.M, "N": sparse.N},
+        sparse.WARPS, False, ("y", "x", "y_stride", "x_stride", "width"),
+    )  # fmt: skip
+
+
+def _turns() -> Iterator[Variant]:
+    for t in LOW_RANK.all():
+        yield Variant(
+            f"turn m{t.m}", lowrank.turn,
+            {"tiles": "*i32", "board": "*i64", "planes": "*fp32", "turned": "*fp32", "plane": "i32", "ranks": "i32"},
+            {"COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r, "SPLIT": t.split}, t.warps, False, ("planes", "turned"),
         )  # fmt: skip

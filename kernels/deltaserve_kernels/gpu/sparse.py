@@ -1,0 +1,79 @@
+"""Sparse as one kernel: y += x Sᵀ, an output at a time summing the few inputs that it has. SHiRA (arXiv 2406.13175)."""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaserve_kernels.gpu.board import Board
+from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import Entry, SlotTable
+
+COLUMNS = 5
+"""Whether there is something, inputs int32 [n] by output, where each output's begin int32 [out], values fp32 [n], n."""
+M, N, WARPS = 4, 128, 4
+
+Bags = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Those three of a slot; whoever gives them keeps them alive as long as the slot."""
+
+
+@triton.jit
+def sparse(
+    y, x, order, tiles, board, y_stride, x_stride, width,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """y[row, n] += Σ x[row, inputs[i]] · values[i] over n's i, for the rows of one tile and N outputs."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    here = board + slot.to(tl.int64) * COLUMNS
+    if tl.load(here) == 0:
+        return
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    live = m < count
+    rows = tl.load(order + first + m, mask=live, other=0)
+    inputs = tl.load(here + 1).to(tl.pointer_type(tl.int32))
+    begins = tl.load(here + 2).to(tl.pointer_type(tl.int32))
+    values = tl.load(here + 3).to(tl.pointer_type(tl.float32))
+    whole = tl.load(here + 4).to(tl.int32)
+    n = part * N + tl.arange(0, N)
+    inside = n < width
+    begin = tl.load(begins + n, mask=inside, other=0)
+    end = tl.load(begins + n + 1, mask=n + 1 < width, other=whole)
+    most = tl.max(tl.where(inside, end - begin, 0), 0)
+    acc = tl.zeros((M, N), dtype=tl.float32)
+    for i in range(0, most):
+        some = inside & (begin + i < end)
+        k = tl.load(inputs + begin + i, mask=some, other=0)
+        value = tl.load(values + begin + i, mask=some, other=0.0)
+        given = tl.load(
+            x + rows[:, None] * x_stride + k[None, :], mask=live[:, None] & some[None, :], other=0.0
+        ).to(tl.float32)  # fmt: skip
+        acc += given * value[None, :]
+    out = y + rows[:, None] * y_stride + n[None, :]
+    seen = live[:, None] & inside[None, :]
+    tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
+
+
+def launch(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rowmap: RowMap,
+    table: SlotTable,
+    bags: Callable[[int, Entry, int], Bags],
+) -> None:
+    """y += x Sᵀ in place. y [rows, out], x [rows, in], of any float dtype. `bags`: of a slot with so many outputs."""
+
+    def row(slot: int, entry: Entry) -> tuple[int, ...]:
+        inputs, begins, values = bags(slot, entry, y.shape[1])
+        return (1, inputs.data_ptr(), begins.data_ptr(), values.data_ptr(), inputs.shape[0])
+
+    cut, board = tiles(rowmap, M), Board.of(table, COLUMNS, row).rows()
+    sparse[(len(cut), triton.cdiv(y.shape[1], N))](
+        y, x, rowmap.order, cut, board, y.stride(0), x.stride(0), y.shape[1],
+        COLUMNS=COLUMNS, M=M, N=N, num_warps=WARPS,
+    )  # fmt: skip
