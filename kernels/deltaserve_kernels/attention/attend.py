@@ -1,5 +1,8 @@
 """Packed attention over the rows of many requests."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 
 from deltaserve_kernels.attention import paths
@@ -8,7 +11,7 @@ from deltaserve_kernels.attention.prefix import PrefixTable
 from deltaserve_kernels.attention.sequences import Sequences
 from deltaserve_kernels.dispatch import Implementation, path
 
-_PATHS = {Implementation.REFERENCE: paths.reference, Implementation.CPU: paths.cpu}
+Path = Callable[[torch.Tensor, paths.Pair, paths.Pair | None, paths.Attention], torch.Tensor]
 
 
 def attend(
@@ -36,12 +39,18 @@ def attend(
         assert cache is not None and sequences.write.shape[0] == key.shape[0]
         cache[0].index_copy_(0, sequences.write, key)
         cache[1].index_copy_(0, sequences.write, value)
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    run = path(_PATHS, query.device)
     attention = paths.Attention(sequences, prefix, scale, bias, window, softcap)
-    for sequence in sequences.items:
-        keys, values = cache if sequence.cached and cache is not None else (key, value)
-        first, last = sequence.key_start, sequence.key_start + sequence.keys
-        rows = slice(sequence.query_start, sequence.query_start + sequence.queries)
-        out[rows] = run(query[rows], keys[first:last], values[first:last], sequence, attention)
-    return out
+    return path(_PATHS, query.device)(query, (key, value), cache, attention)
+
+
+def triton(query: torch.Tensor, own: paths.Pair, cache: paths.Pair | None, attention: paths.Attention) -> torch.Tensor:
+    from deltaserve_kernels.gpu import attention as gpu
+
+    return gpu.launch(query, own, cache, attention)
+
+
+_PATHS: Mapping[Implementation, Path] = {
+    Implementation.REFERENCE: partial(paths.one_by_one, paths.reference),
+    Implementation.CPU: partial(paths.one_by_one, paths.cpu),
+    Implementation.TRITON: triton,
+}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -32,6 +33,21 @@ class RelativeBias:
             buckets = bucket(places - index.unsqueeze(1), self.bidirectional, self.table.shape[0], self.max_distance)
             sequences.buckets[key] = buckets
         return self.table.float()[buckets].permute(2, 0, 1)
+
+    @property
+    def furthest(self) -> int:
+        """From this distance on nothing changes."""
+        return max(self.max_distance, int(self.table.shape[0]))
+
+    @cached_property
+    def curve(self) -> torch.Tensor:
+        """fp32 [heads, 2 · furthest + 1], contiguous: the bias at each distance from −furthest to furthest.
+
+        A kernel reads it in place of buckets, whose logarithm another device would round to another bucket.
+        """
+        distances = torch.arange(-self.furthest, self.furthest + 1)
+        buckets = bucket(distances, self.bidirectional, self.table.shape[0], self.max_distance)
+        return self.table.float()[buckets.to(self.table.device)].T.contiguous()
 
 
 def bucket(distance: torch.Tensor, bidirectional: bool, buckets: int, max_distance: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Packed attention: the reference, and the CPU's path over views of contiguous extents."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from deltaserve_kernels.attention.bias import RelativeBias
 from deltaserve_kernels.attention.prefix import PrefixTable
 from deltaserve_kernels.attention.sequences import Sequence, Sequences
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values [tokens, kv_heads, d]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,21 @@ class Attention:
             # The prefix stands before the first token, at positions of its own.
             before = torch.arange(prefix, device=device) <= index + prefix - self.window
         return torch.cat((before, mask), 1)
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence, Attention], torch.Tensor]
+"""One sequence's queries, keys and values -> its output."""
+
+
+def one_by_one(run: Run, query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention) -> torch.Tensor:
+    """`run` for each sequence, over its keys in the cache or of this forward. Returns [rows, heads, d]."""
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for sequence in attention.sequences.items:
+        keys, values = cache if sequence.cached and cache is not None else own
+        first, last = sequence.key_start, sequence.key_start + sequence.keys
+        rows = slice(sequence.query_start, sequence.query_start + sequence.queries)
+        out[rows] = run(query[rows], keys[first:last], values[first:last], sequence, attention)
+    return out
 
 
 def reference(

@@ -25,10 +25,11 @@ class Sequence:
 class Sequences:
     """`write` int64 [key rows]: cache rows that this forward's keys and values go to; None: nothing is cached.
 
-    `buckets` is what layers of one forward share: T5's distances, bucketed once.
+    What layers of one forward share: `buckets`, T5's distances, bucketed once, and `kept`, what kernels derive.
     """
 
     items: tuple[Sequence, ...]
     causal: bool
     write: torch.Tensor | None = None
     buckets: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
+    kept: dict[object, object] = field(default_factory=dict, repr=False)

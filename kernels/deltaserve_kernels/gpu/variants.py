@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from deltaserve_kernels.gpu import affine, block, dense, lowrank, sparse
+from deltaserve_kernels.gpu import affine, attention, block, dense, lowrank, sparse
 from deltaserve_kernels.gpu.board import KINDS
 from deltaserve_kernels.gpu.launch import SMALLEST, TYPES, on_tensor_cores, precision
+from deltaserve_kernels.gpu.reads import ATTENTION, PART, Reads
 from deltaserve_kernels.gpu.tuning import BLOCK, DENSE, LOW_RANK
 
 _POINTERS: Mapping[torch.dtype, str] = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -43,6 +44,7 @@ def variants() -> Iterator[Variant]:
         yield from _affine(rows)
         yield from _block(rows, torch.float32)
         yield _sparse(rows)
+        yield from _attention(rows)
     yield from _turns()
 
 
@@ -123,3 +125,39 @@ def _turns() -> Iterator[Variant]:
             {"tiles": "*i32", "board": "*i64", "planes": "*fp32", "turned": "*fp32", "plane": "i32", "ranks": "i32"},
             {"COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r, "SPLIT": t.split}, t.warps, False, ("planes", "turned"),
         )  # fmt: skip
+
+
+_BIASED = (64, 128)
+"""Widths of heads of the models that have a relative bias."""
+
+
+def _attention(rows: torch.dtype) -> Iterator[Variant]:
+    fp32 = rows == torch.float32
+    for width in ATTENTION.fp32:
+        for biased in (False, True)[: 1 + (width in _BIASED)]:
+            for t in dict.fromkeys(ATTENTION.choose(each, width, fp32, biased) for each in (1, float("inf"))):
+                yield _read(rows, width, t, biased)
+    yield Variant(
+        f"join {rows}".replace("torch.", ""), attention.join,
+        {"out": _POINTERS[rows], "tiles": "*i32", "partials": "*fp32", "sums": "*fp32", "heads": "i32", "group": "i32",
+         "width": "i32"},
+        {"PART": PART, **attention.JOINED}, 4, False, ("out", "partials", "width"),
+    )  # fmt: skip
+
+
+def _read(rows: torch.dtype, width: int, t: Reads, biased: bool) -> Variant:
+    given = ("q", "k", "v")
+    strides = tuple(f"{name}_{which}" for name in given for which in ("row", "head"))
+    numbers = ("heads", "group", "behind", "ahead", "prefixed", "furthest")
+    types = {
+        **{name: _POINTERS[rows] for name in (*given, "out")}, "tiles": "*i32", "board": "*i64",
+        **{name: "*fp32" for name in ("bias", "partials", "sums")}, **{name: "i32" for name in (*strides, *numbers)},
+        "scale": "fp32", "softcap": "fp32",
+    }  # fmt: skip
+    known = {"WIDTH": width, "D": width, "C": t.c, "M": t.m, "N": t.n, "PART": PART, "BIAS": biased, "ALIGNED": True}
+    label = f"read d{width} m{t.m} n{t.n} {rows}{' biased' if biased else ''}".replace("torch.", "")
+    half = on_tensor_cores(rows, rows)
+    return Variant(
+        label, attention.read, types, known | {"HALF": half}, t.warps, half,
+        (*given, "out", "partials", "sums", *strides),
+    )  # fmt: skip
