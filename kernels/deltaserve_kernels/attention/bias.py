@@ -47,7 +47,8 @@ class RelativeBias:
         """
         distances = torch.arange(-self.furthest, self.furthest + 1)
         buckets = bucket(distances, self.bidirectional, self.table.shape[0], self.max_distance)
-        return self.table.float()[buckets.to(self.table.device)].T.contiguous()
+        # Where half of the buckets reach as far as max_distance, those beyond it have none, here and in transformers.
+        return self.table.float()[buckets.clamp_min(0).to(self.table.device)].T.contiguous()
 
 
 def bucket(distance: torch.Tensor, bidirectional: bool, buckets: int, max_distance: int) -> torch.Tensor:
