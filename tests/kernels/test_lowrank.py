@@ -207,3 +207,17 @@ def test_looked_up_rows_are_scaled_too(dtype):
     rows = torch.nn.functional.one_hot(ids, 20)
     expected = y + 3.0 * (truth(torch.zeros(6, 6), rows, [0, 0, 0, -1, 1, 2], table))
     assert error_ratio(ours, expected) <= 1e-5 and torch.equal(ours[3], y[3])
+
+
+def test_a_and_b_of_two_dtypes(implementation):
+    """AdaLoRA's A is scaled when it is lowered, in fp32; B stays as it was."""
+    table = lowrank.LowRankTable(8, CPU)
+    for slot, (one, other) in enumerate(((torch.float32, torch.float16), (torch.float16, torch.float32))):
+        table.put(slot, (torch.randn(5, 33).to(one), torch.randn(17, 5).to(other)), (0.5,))
+    each = [0, 0, 1, -1, 1]
+    rowmap = RowMap.of([(slot, 1) for slot in each], CPU)
+    x, y = torch.randn(5, 33), torch.randn(5, 17)
+    ours = y.clone()
+    with forced(implementation):
+        lowrank.apply(ours, x, rowmap, table)
+    assert error_ratio(ours, truth(y, x, each, table)) <= 1e-5

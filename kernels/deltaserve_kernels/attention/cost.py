@@ -46,6 +46,10 @@ def _seen(sequence: Sequence, prefix: int, causal: bool, window: int | None) -> 
     lowest = [
         -prefix if window is None else max(-prefix, index - window + 1) for index in range(sequence.position, last + 1)
     ]
-    ends = [min(sequence.keys, index + 1) if causal else sequence.keys for index in range(sequence.position, last + 1)]
+    ahead = 1 if causal else window
+    ends = [
+        sequence.keys if ahead is None else min(sequence.keys, index + ahead)
+        for index in range(sequence.position, last + 1)
+    ]
     pairs = sum(max(0, end - low) for low, end in zip(lowest, ends, strict=True))
     return pairs, max(0, max(ends) - lowest[0])

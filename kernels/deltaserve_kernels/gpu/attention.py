@@ -238,13 +238,14 @@ def _read(
     bias, prefix = attention.bias, attention.prefix
     curve, furthest = (sums, 0) if bias is None else (bias.curve, bias.furthest)
     strides = (query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
+    window = attention.window or FAR
     aligned = heads.width % _ALIGNED == 0 and all(
         t.data_ptr() % 16 == 0 and t.stride(0) % _ALIGNED == t.stride(1) % _ALIGNED == 0 for t in source
     )
     read[(len(tiles.tiles), heads.keys, tiles.parts)](
         query, keys, values, out, tiles.tiles, prefixes.board(prefix, keys.dtype, heads.keys, heads.width), curve,
         partials, sums, *strides, heads.queries, heads.group, attention.scale, attention.softcap or 0.0,
-        attention.window or FAR, 0 if attention.sequences.causal else FAR, int(len(prefix) > 0), furthest,
+        window, 0 if attention.sequences.causal else window - 1, int(len(prefix) > 0), furthest,
         WIDTH=heads.width, D=power(heads.width), C=reads.c, M=reads.m, N=reads.n, PART=PART,
         BIAS=bias is not None, HALF=on_tensor_cores(query.dtype, keys.dtype), ALIGNED=aligned, num_warps=reads.warps,
     )  # fmt: skip

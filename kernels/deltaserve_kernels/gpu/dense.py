@@ -92,10 +92,9 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) ->
 
 def replace_outputs(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
     """y[:, index] = x valuesᵀ in place. y [rows, vocabulary], x [rows, in], of any float dtype."""
-    values = [entry.tensors[1] for _, entry in table.entries(rowmap)]
-    most = max(int(t.shape[0]) for t in values if t is not None)
-    dtypes = list(dict.fromkeys(t.dtype for t in values if t is not None))
-    _launch(y, x, rowmap, Board.of(table, COLUMNS, outputs), dtypes, most)
+    entries = [entry for _, entry in table.entries(rowmap)]
+    most = max(int(entry.tensors[1].shape[0]) for entry in entries if entry.tensors[1] is not None)
+    _launch(y, x, rowmap, Board.of(table, COLUMNS, outputs), kinds(entries, 1), most)
 
 
 def _launch(

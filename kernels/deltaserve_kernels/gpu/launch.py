@@ -14,13 +14,11 @@ TYPES: Mapping[torch.dtype, tl.dtype] = {
     torch.float16: tl.float16,
 }
 
-SMALLEST = 16
-"""Of each side of a product on tensor cores."""
 
-
-def kinds(entries: Iterable[Entry]) -> list[torch.dtype]:
-    """The dtypes of the entries' first tensors, each once: one launch serves one."""
-    return list(dict.fromkeys(t.dtype for entry in entries for t in entry.tensors[:1] if t is not None))
+def kinds(entries: Iterable[Entry], column: int = 0) -> list[torch.dtype]:
+    """The dtypes of the entries' tensors in a column, each once: one launch serves one."""
+    found = (entry.tensors[column] for entry in entries)
+    return list(dict.fromkeys(t.dtype for t in found if t is not None))
 
 
 def on_tensor_cores(rows: torch.dtype, weights: torch.dtype) -> bool:
@@ -32,11 +30,11 @@ def on_tensor_cores(rows: torch.dtype, weights: torch.dtype) -> bool:
     return rows == weights != torch.float32 and not wrong
 
 
-def power(number: int) -> int:
-    """The next power of two, 16 at least."""
-    return max(SMALLEST, 1 << (number - 1).bit_length())
-
-
 def precision(weights: torch.dtype) -> str:
     """How an fp32 row meets weights of a dtype: halves are exact in TF32, and three products make the row exact too."""
     return "ieee" if weights == torch.float32 or torch.version.hip else "tf32x3"
+
+
+def power(number: int) -> int:
+    """The next power of two, 16 at least: what a side of a product on tensor cores has."""
+    return max(16, 1 << (number - 1).bit_length())

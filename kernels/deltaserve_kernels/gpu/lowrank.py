@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
-from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, power, precision
+from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
 from deltaserve_kernels.gpu.tiling import tiles
 from deltaserve_kernels.gpu.tuning import LOW_RANK, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
-COLUMNS = 12
-"""Kind, A, B, rank, strides of the rows of A and of B, scale, outer and its kind, inner, its kind, dimensions."""
+COLUMNS = 13
+"""Kind (of A), A, B, rank, row strides of A and B, scale, outer and its kind, inner and its kind and dimensions, B's kind."""
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def expand(
     if slot < 0:
         return
     here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) != KIND:
+    if (tl.load(here) == 0) | (tl.load(here + 12) != KIND):
         return
     rank = tl.load(here + 3).to(tl.int32)
     first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
@@ -147,12 +147,12 @@ def expand(
 def row(_: int, entry: Entry) -> tuple[int, ...]:
     """A slot's row of the board."""
     a, b, inner, outer = entry.tensors
-    assert a is not None and b is not None and a.dtype == b.dtype, "a low rank has one dtype"
+    assert a is not None and b is not None
     assert a.stride(1) == b.stride(1) == 1, "rows of A and B are contiguous"
     places = (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
     after = (0, 0) if outer is None else (outer.data_ptr(), KINDS[outer.dtype])
     between = (0, 0, 0) if inner is None else (inner.data_ptr(), KINDS[inner.dtype], inner.ndim)
-    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), *after, *between)
+    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), *after, *between, KINDS[b.dtype])
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
@@ -162,7 +162,7 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
     rows = len(rowmap.order)
     plan = LOW_RANK.choose(Shape(rows=rows, tiles=len(rowmap.active), width=x.shape[1]))
-    cut, r = tiles(rowmap, plan.m), min(plan.r, power(ranks))
+    cut, r = tiles(rowmap, plan.m), plan.r
     planes = torch.empty(plan.split, rows, ranks, dtype=torch.float32, device=x.device)
     for dtype in kinds(entries):
         shrink[(len(cut), triton.cdiv(ranks, r), plan.split)](
@@ -178,7 +178,7 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
             COLUMNS=COLUMNS, M=plan.m, R=r, SPLIT=split, num_warps=plan.warps,
         )  # fmt: skip
         planes, split = turned, 1
-    for dtype in kinds(entries):
+    for dtype in kinds(entries, 1):
         expand[(len(cut), triton.cdiv(y.shape[1], plan.n))](
             y, rowmap.order, cut, board, planes, y.stride(0), y.shape[1], planes.stride(0), ranks,
             KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, R=r, SPLIT=split,

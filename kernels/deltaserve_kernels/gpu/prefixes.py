@@ -31,10 +31,10 @@ def board(prefix: PrefixTable, dtype: torch.dtype, heads: int, width: int) -> to
     return found.rows()
 
 
-def _row(dtype: torch.dtype, heads: int, width: int) -> Callable[[Entry], tuple[int, ...]]:
+def _row(dtype: torch.dtype, heads: int, width: int) -> Callable[[int, Entry], tuple[int, ...]]:
     copies: WeakKeyDictionary[Entry, Pair] = WeakKeyDictionary()
 
-    def row(entry: Entry) -> tuple[int, ...]:
+    def row(_: int, entry: Entry) -> tuple[int, ...]:
         keys, values = entry.tensors
         assert keys is not None and values is not None
         if not keys.shape == values.shape == (keys.shape[0], heads, width):

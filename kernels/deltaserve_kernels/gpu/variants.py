@@ -8,7 +8,7 @@ import torch
 
 from deltaserve_kernels.gpu import affine, attention, block, dense, lowrank, sparse
 from deltaserve_kernels.gpu.board import KINDS
-from deltaserve_kernels.gpu.launch import SMALLEST, TYPES, on_tensor_cores, precision
+from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, precision
 from deltaserve_kernels.gpu.reads import ATTENTION, PART, Reads
 from deltaserve_kernels.gpu.tuning import BLOCK, DENSE, LOW_RANK
 
@@ -58,9 +58,9 @@ _DTYPES = (
 def _low_rank(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
     numbers = {name: "i32" for name in ("width", "plane", "ranks")}
     shared = {"order": "*i64", "tiles": "*i32", "board": "*i64", "planes": "*fp32"}
-    for t, r in [(size, r) for size in LOW_RANK.all() for r in sorted({SMALLEST, size.r})]:
-        known = {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": lowrank.COLUMNS, "M": t.m, "R": r}
-        label = f"m{t.m} r{r} {rows}/{weights}".replace("torch.", "")
+    for t in LOW_RANK.all():
+        known = {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r}
+        label = f"m{t.m} {rows}/{weights}".replace("torch.", "")
         yield Variant(
             f"shrink {label}", lowrank.shrink, {"x": _POINTERS[rows], **shared, "x_stride": "i32", **numbers},
             known | {"K": t.k, "SPLIT": t.split, "HALF": on_tensor_cores(rows, weights)},
