@@ -122,7 +122,8 @@ def _blocks(entry: Entry) -> torch.Tensor:
 
 def _stacked(entries: Sequence[Entry]) -> torch.Tensor:
     """fp32 [slots, n, b, b], small ones as [slots, 1, b, b, n]; and [slots, m, b, b, s]. Of blocks of one shape."""
-    blocks = torch.stack([_blocks(entry).float() for entry in entries])
+    each = [_blocks(entry).float() for entry in entries]
+    blocks = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
     small = blocks.ndim == 4 and blocks.shape[-1] <= _SMALL
     return blocks.permute(0, 2, 3, 1).unsqueeze(1).contiguous() if small else blocks
 

@@ -25,9 +25,10 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.timeout(300)
 def test_micro(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "micro.jsonl"
-    done = bench(root, "micro", "--quick", "--tiny", "--threads", "1", "--out", str(file))
+    done = bench(root, "micro", "--quick", "--tiny", "--threads", "1", "--out", str(file), seconds=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PEFT mixed batch" in done.stdout
     found = [row for row in rows(file) if row["name"].startswith("micro.")]
