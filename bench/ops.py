@@ -84,8 +84,8 @@ def _dense(scene: Scene) -> torch.Tensor:
 
 def _block(scene: Scene) -> torch.Tensor:
     table = block.BlockTable(DELTAS, scene.device)
-    for slot, (count, width) in enumerate(((1, 96), (96, 1), (12, 8), (32, 3), (2, 48))):
-        table.put(slot, (scene.normal(count, width, width),))
+    for slot, shape in enumerate(((1, 96, 96), (96, 1, 1), (12, 8, 8), (32, 3, 3), (4, 2, 2, 12))):
+        table.put(slot, (scene.normal(*shape),))
     y = block.turned(scene.normal(scene.rows, 96), scene.rowmap, table).float()
     block.turn(y, scene.rowmap, table)
     return y

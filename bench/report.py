@@ -52,10 +52,8 @@ def _kinds(rows: Sequence[dict[str, Any]]) -> str:
     head = ["kind", "at", *(cell for shape, work in works for cell in (f"{shape}, {work}", "MB"))]
     lines = [head, ["---"] * 2 + ["--:"] * (2 * len(works))]
     lines += [[*kind, *(cell for work in works for cell in kinds[kind].get(work, ("", "")))] for kind in order]
-    said = (
-        "One forward of 32 requests for 16 deltas of one kind, and for one delta of each of 16 kinds, divided by the "
-    )
-    said += "bare backbone's on as many rows; MB of one delta on the device (of the mix, on average):"
+    said = "One forward of 32 requests for 16 deltas, of one kind or of 16, divided by the bare backbone's on as many "
+    said += "rows; MB of one delta on the device, what deltas share divided among them:"
     return f"{said}\n\n{_markdown(lines)}\n\nMedians over rounds; {_where(rows)}."
 
 
