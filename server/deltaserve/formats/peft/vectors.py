@@ -118,11 +118,11 @@ def tinylora(checkpoint: Checkpoint, draft: Draft, weights: Weights) -> None:
             drawn = torch.normal(0.0, r**-0.5, (length, r, r), generator=random)
         middle = torch.einsum("u,uij->ij", vectors[group], drawn)
         if looked_up:  # PEFT adds to what the embedding has multiplied by its factor (Gemma)
-            down, up = (b.float() @ middle).T.contiguous(), a.float().T.contiguous()
-            draft.put(target.name, LowRank(down, up, 1 / target.site.factor))
+            a, b, middle, scale = b.T, a.T, middle.T.contiguous(), 1 / target.site.factor
         else:
-            # What is frozen follows from the backbone: it is the same for all deltas of one rank.
-            draft.put(target.name, LowRank(draft.base(a), draft.base(b), 1.0, middle))
+            scale = 1.0
+        # What is frozen follows from the backbone: it is the same for all deltas of one rank.
+        draft.put(target.name, LowRank(draft.base(a), draft.base(b), scale, middle))
 
     each("tinylora", one, "tinylora", WEIGHTS)(checkpoint, draft, weights)
 
