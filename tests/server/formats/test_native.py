@@ -148,6 +148,7 @@ def test_what_the_operator_says(made: Callable[..., Any]) -> None:
     lora = made("lora")
     assert lora.read(Wanted(task=Task.EMBEDDING)).task is Task.EMBEDDING
     lora.refused("1 labels", error=InvalidArgument, wanted=Wanted(labels=("a",)))
+    lora.refused("task_id is 1", "no tasks", error=InvalidArgument, wanted=Wanted(task_id=1))
     lora.refused("problem_type", error=InvalidArgument, wanted=Wanted(problem_type="regression"))
     lora.refused("holds no head", wanted=Wanted(task=Task.SEQUENCE_CLASSIFICATION))
 
