@@ -48,7 +48,8 @@ class Block:
     """x′ = x · diag(R_1, ..., R_n) on the input side, or y′ = y · diag(...) on the output side. blocks [n, b, b].
 
     Or blocks [m, b, b, s], the rows as [m, b, s]: each block turns numbers that stand s apart. OFT (arXiv 2306.07280)
-    and BOFT (2311.06243) on the input side; RoAd (2409.00119) on the output side, in blocks [m, 2, 2, s].
+    and BOFT (2311.06243) on the input side; RoAd (2409.00119) on the output side, in blocks [m, 2, 2, s]. At an
+    embedding the output side alone, the rows that were looked up.
     """
 
     blocks: torch.Tensor

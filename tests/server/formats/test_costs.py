@@ -51,6 +51,8 @@ METHODS: Mapping[str, Callable[[], Any]] = {
     "fourierft": tuner("FourierFT", n_frequency=1000),
     "waveft": tuner("WaveFT", n_frequency=2592),
     "psoft": tuner("Psoft", r=32),
+    "psoft-lowrank": tuner("Psoft", r=32, psoft_svd="lowrank", psoft_svd_lowrank_niter=40),
+    "supertuning-chosen-again": tuner("Supertuning", sparsity=0.99, save_precomputed_indices=False),
     "osf": tuner("OSF"),
     "deft-qr": tuner("Deft", r=16, decomposition_method="qr"),
     "peanut": tuner("Peanut", r=32, depth=2),

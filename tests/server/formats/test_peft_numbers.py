@@ -51,6 +51,9 @@ def test_supertuning_without_places_has_as_many_numbers_as_its_sparsity_says(wri
         reading(spoilt)
     spoilt.config(save_precomputed_indices=False)
     assert reading(spoilt).kinds == ("supertuning",)
+    spoilt.config(sparsity=0.999_999)
+    with pytest.raises(BadCheckpoint, match="sparsity says 0"):
+        reading(spoilt)
     spoilt.config(sparsity=0.2)
     with pytest.raises(BadCheckpoint, match=r"supertuning_values has \d+ numbers; sparsity says \d+"):
         reading(spoilt)

@@ -131,7 +131,21 @@ def _waveft(target: Target) -> Cost:
 
 
 def _psoft(target: Target) -> Cost:
-    return _weight(target) + svd(target.outputs, target.inputs)
+    config = target.checkpoint.config
+    rank, rounds = config.get("r", 32), config.get("psoft_svd_lowrank_niter", 10)
+    if config.get("psoft_svd") != "lowrank" or type(rank) is not int or type(rounds) is not int:
+        return _weight(target) + svd(target.outputs, target.inputs)
+    rank = min(abs(rank), target.inputs, target.outputs)
+    each = _change(target, 2 * rank) + qr(target.outputs, rank) + qr(target.inputs, rank)
+    return _weight(target) + sum((each for _ in range(2 + min(abs(rounds), 100))), Cost())
+
+
+def _supertuning(target: Target) -> Cost:
+    """The largest weights are looked for where the file does not say which they are, and put in order."""
+    if target.has("supertuning_indices"):
+        return Cost()
+    numbers = target.inputs * target.outputs
+    return _weight(target) + sweep(8, numbers) + sweep(40, min(_rank(target, "supertuning_values", 0), numbers))
 
 
 def _osf(target: Target) -> Cost:
@@ -197,6 +211,7 @@ COSTS: Mapping[str, Costs] = {
     "FOURIERFT": _fourierft,
     "WAVEFT": _waveft,
     "PSOFT": _psoft,
+    "SUPERTUNING": _supertuning,
     "OSF": _osf,
     "DEFT": _deft,
     "PEANUT": _peanut,

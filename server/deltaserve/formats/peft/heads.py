@@ -137,7 +137,8 @@ def _follow(checkpoint: Checkpoint, draft: Draft, name: str) -> None:
             f"config key 'ensure_weight_tying' is true, and the weight of {name!r} is not that of {source!r}",
             metadata={"module": name},
         )
-    draft.put(name, Dense(held.weight, site.bias, replace=True))
+    # A base is stored once for both.
+    draft.put(name, Dense(draft.base(held.weight), site.bias, replace=True))
 
 
 def _module(checkpoint: Checkpoint, draft: Draft, name: str, site: Site) -> None:

@@ -12,7 +12,6 @@ from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import WEIGHTS, Target, biases, own_weight, parameters, targets
 
-_LATER = "this release does not serve that"
 OPTIONS = options.Options(
     used=frozenset(
         {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}

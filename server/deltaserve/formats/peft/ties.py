@@ -109,6 +109,7 @@ def group(target: Target) -> tuple[str, ...]:
 def replace(target: Target, weight: torch.Tensor) -> None:
     """A weight of the delta's own, at all that is tied: PEFT reads it into the place that they share."""
     target.draft.kind("selective-module")
+    weight = target.draft.base(weight) if group(target) else weight  # a base is stored once for all of them
     for name in group(target) or (target.name,):
         before = _held(target.draft, name)
         if before is None:
