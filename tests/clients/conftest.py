@@ -163,5 +163,5 @@ def delta() -> deltas_pb2.Delta:
         parameters=1000, file_bytes=4100, device_bytes=4096, tensors_matched=48, warnings=["odd"],
         content_hash="ab" * 32, task=deltas_pb2.TASK_SEQUENCE_CLASSIFICATION, labels=["no", "yes"],
         problem_type=deltas_pb2.PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION, guessed=["labels"], source="yes-lora",
-        format="peft", in_flight=1, base_model="bert", task_id=3,
+        format="peft", in_flight=1, base_model="bert", task_id=3, shared_bytes=8192,
     )  # fmt: skip

@@ -158,7 +158,7 @@ async def test_deltas(ask: Any, server: Any, delta: deltas_pb2.Delta) -> None:
         problem_type="single_label_classification", replace=True, task_id=0,
     )  # fmt: skip
     same(loaded, delta)
-    assert (loaded.reference, loaded.task_id) == ("acme/yes@2", 3)
+    assert (loaded.reference, loaded.task_id, loaded.shared_bytes) == ("acme/yes@2", 3, 8192)
     same(await ask("deltas.get", "acme/yes"), delta)
     gone = await ask("deltas.unload", "acme/yes@2", wait=True)
     assert (gone.deltas, gone.freed_bytes) == ((loaded,), 4096)

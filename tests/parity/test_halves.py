@@ -31,8 +31,10 @@ COVERING += ("fourierft", "oft", "road-2", "shira", "lora-saved-head", "lora-emb
 SHORT = ("t5", "bert", "llama")
 
 
-UNLIKE = ("supertuning-chosen-again",)
-"""PEFT finds their places in the rounded weights, whose order is another: it reads another delta than was saved."""
+UNLIKE = ("supertuning-chosen-again", "lora-tied", "dora-tied")
+"""PEFT finds the first one's places in the rounded weights, whose order is another. And when it widens a 16-bit
+backbone's LoRA it parts what was tied: both are saved, with numbers of their own, and a server refuses that by name.
+"""
 
 
 def chosen(family: str, few: bool) -> list[Case]:

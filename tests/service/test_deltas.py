@@ -76,6 +76,18 @@ def test_what_is_told_of_a_delta(server: Any, one: str) -> None:
     assert info.resident == 1 and info.memory.pool_used_bytes == delta.device_bytes
 
 
+def test_what_deltas_share_is_told_once(server: Any, one: str) -> None:
+    for number in range(2):
+        config = peft.VeraConfig(r=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        server.made.delta(f"vera{number}", 60 + number, config)
+    first, second = (server.load(f"{one}-{number}", f"vera{number}") for number in range(2))
+    assert first.shared_bytes == second.shared_bytes > first.device_bytes == second.device_bytes > 0
+    used = server("GetServerInfo").memory.pool_used_bytes
+    assert used == first.device_bytes + second.device_bytes + first.shared_bytes
+    assert server("UnloadDelta", name=first.name, wait=True).freed_bytes < first.shared_bytes
+    assert eventually(lambda: server("GetServerInfo").memory.pool_used_bytes == used - first.device_bytes)
+
+
 def test_labels_and_what_was_guessed(bert: Any) -> None:
     bert.made.delta("unnamed", 9, bert.made.lora(task_type="SEQ_CLS"), "AutoModelForSequenceClassification",
                     num_labels=3)  # fmt: skip

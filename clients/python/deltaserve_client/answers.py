@@ -217,6 +217,7 @@ def _delta(delta: deltas_pb2.Delta) -> results.DeltaInfo:
         in_flight=delta.in_flight,
         base_model=delta.base_model,
         task_id=delta.task_id if delta.HasField("task_id") else None,
+        shared_bytes=delta.shared_bytes,
     )
 
 

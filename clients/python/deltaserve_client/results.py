@@ -236,7 +236,8 @@ class DeltaInfo:
     """A delta as the server knows it. `state`: `loading`, `resident`, `evicted` or `draining`.
 
     `guessed` names what neither the call nor the checkpoint said: `labels`, `problem_type`, `task`. `task_id`: which of
-    its checkpoint's tasks it is for, None where its method knows no tasks.
+    its checkpoint's tasks it is for, None where its method knows no tasks. `device_bytes` are its own, `shared_bytes`
+    those of frozen parts that other deltas may have too.
     """
 
     name: str
@@ -259,6 +260,7 @@ class DeltaInfo:
     in_flight: int
     base_model: str
     task_id: int | None
+    shared_bytes: int
 
     @property
     def reference(self) -> str:

@@ -19,7 +19,7 @@ from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
 COLUMNS = 13
-"""Kind (of A), A, B, rank, row strides of A and B, scale, outer and its kind, inner and its kind and dimensions, B's kind."""
+"""A's kind, A, B, rank, row strides of A and B, scale, outer, its kind, inner, its kind, its dimensions, B's kind."""
 
 
 @triton.jit

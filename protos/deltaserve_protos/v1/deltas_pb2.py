@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltaserve_protos/v1/deltas.proto\x12\rdeltaserve.v1\"\xcc\x03\n\x05\x44\x65lta\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.deltaserve.v1.DeltaState\x12\r\n\x05kinds\x18\x04 \x03(\t\x12\r\n\x05sites\x18\x05 \x01(\r\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x12\n\nfile_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x17\n\x0ftensors_matched\x18\t \x01(\r\x12\x10\n\x08warnings\x18\n \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x0b \x01(\t\x12!\n\x04task\x18\x0c \x01(\x0e\x32\x13.deltaserve.v1.Task\x12\x0e\n\x06labels\x18\r \x03(\t\x12\x30\n\x0cproblem_type\x18\x0e \x01(\x0e\x32\x1a.deltaserve.v1.ProblemType\x12\x0f\n\x07guessed\x18\x0f \x03(\t\x12\x0e\n\x06source\x18\x10 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x11 \x01(\t\x12\x11\n\tin_flight\x18\x12 \x01(\r\x12\x12\n\nbase_model\x18\x13 \x01(\t\x12\x14\n\x07task_id\x18\x14 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_task_id\"\xd9\x01\n\x10LoadDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12!\n\x04task\x18\x03 \x01(\x0e\x32\x13.deltaserve.v1.Task\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x30\n\x0cproblem_type\x18\x05 \x01(\x0e\x32\x1a.deltaserve.v1.ProblemType\x12\x14\n\x07replace\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07task_id\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_replaceB\n\n\x08_task_id\"8\n\x11LoadDeltaResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.deltaserve.v1.Delta\">\n\x12UnloadDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04wait\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x07\n\x05_wait\"P\n\x13UnloadDeltaResponse\x12$\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x14.deltaserve.v1.Delta\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x1f\n\x0fGetDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetDeltaResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.deltaserve.v1.Delta\"M\n\x11ListDeltasRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"S\n\x12ListDeltasResponse\x12$\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x14.deltaserve.v1.Delta\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x14GetServerInfoRequest\x12\x12\n\x05steps\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x08\n\x06_steps\"\x91\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x12\n\nmax_inputs\x18\x02 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\x12\x12\n\nmax_queued\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\"\x88\x01\n\x06Memory\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x01 \x01(\x04\x12\x19\n\x11kv_capacity_bytes\x18\x02 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13pool_capacity_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fpool_used_bytes\x18\x05 \x01(\x04\"\x96\x01\n\x04Step\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0f\n\x07started\x18\x02 \x01(\x01\x12\x10\n\x08\x64uration\x18\x03 \x01(\x01\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\r\n\x05slots\x18\x06 \x03(\r\x12\x0e\n\x06\x64\x65ltas\x18\x07 \x03(\t\x12\r\n\x05kinds\x18\x08 \x03(\t\x12\r\n\x05phase\x18\t \x01(\t\"\xe8\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kbone\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x03(\t\x12\r\n\x05kinds\x18\x05 \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08\x12%\n\x06limits\x18\n \x01(\x0b\x32\x15.deltaserve.v1.Limits\x12%\n\x06memory\x18\x0b \x01(\x0b\x32\x15.deltaserve.v1.Memory\x12\"\n\x05steps\x18\x0c \x03(\x0b\x32\x13.deltaserve.v1.Step\x12\x0f\n\x07running\x18\r \x01(\r\x12\x0f\n\x07waiting\x18\x0e \x01(\r\x12\x10\n\x08resident\x18\x0f \x01(\r\x12\x0e\n\x06uptime\x18\x10 \x01(\x01*\xbd\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_GENERATION\x10\x01\x12 \n\x1cTASK_SEQUENCE_CLASSIFICATION\x10\x02\x12\x1d\n\x19TASK_TOKEN_CLASSIFICATION\x10\x03\x12\x12\n\x0eTASK_EMBEDDING\x10\x04\x12\x1b\n\x17TASK_QUESTION_ANSWERING\x10\x05\x12\x18\n\x14TASK_MULTIPLE_CHOICE\x10\x06*\xa3\x01\n\x0bProblemType\x12\x1c\n\x18PROBLEM_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PROBLEM_TYPE_REGRESSION\x10\x01\x12,\n(PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION\x10\x02\x12+\n\'PROBLEM_TYPE_MULTI_LABEL_CLASSIFICATION\x10\x03*\x8f\x01\n\nDeltaState\x12\x1b\n\x17\x44\x45LTA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45LTA_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x45LTA_STATE_RESIDENT\x10\x02\x12\x17\n\x13\x44\x45LTA_STATE_EVICTED\x10\x03\x12\x18\n\x14\x44\x45LTA_STATE_DRAINING\x10\x04\x32\xb0\x03\n\x0c\x44\x65ltaService\x12N\n\tLoadDelta\x12\x1f.deltaserve.v1.LoadDeltaRequest\x1a .deltaserve.v1.LoadDeltaResponse\x12T\n\x0bUnloadDelta\x12!.deltaserve.v1.UnloadDeltaRequest\x1a\".deltaserve.v1.UnloadDeltaResponse\x12K\n\x08GetDelta\x12\x1e.deltaserve.v1.GetDeltaRequest\x1a\x1f.deltaserve.v1.GetDeltaResponse\x12Q\n\nListDeltas\x12 .deltaserve.v1.ListDeltasRequest\x1a!.deltaserve.v1.ListDeltasResponse\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltaserve_protos/v1/deltas.proto\x12\rdeltaserve.v1\"\xe2\x03\n\x05\x44\x65lta\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.deltaserve.v1.DeltaState\x12\r\n\x05kinds\x18\x04 \x03(\t\x12\r\n\x05sites\x18\x05 \x01(\r\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x12\n\nfile_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x17\n\x0ftensors_matched\x18\t \x01(\r\x12\x10\n\x08warnings\x18\n \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x0b \x01(\t\x12!\n\x04task\x18\x0c \x01(\x0e\x32\x13.deltaserve.v1.Task\x12\x0e\n\x06labels\x18\r \x03(\t\x12\x30\n\x0cproblem_type\x18\x0e \x01(\x0e\x32\x1a.deltaserve.v1.ProblemType\x12\x0f\n\x07guessed\x18\x0f \x03(\t\x12\x0e\n\x06source\x18\x10 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x11 \x01(\t\x12\x11\n\tin_flight\x18\x12 \x01(\r\x12\x12\n\nbase_model\x18\x13 \x01(\t\x12\x14\n\x07task_id\x18\x14 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cshared_bytes\x18\x15 \x01(\x04\x42\n\n\x08_task_id\"\xd9\x01\n\x10LoadDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12!\n\x04task\x18\x03 \x01(\x0e\x32\x13.deltaserve.v1.Task\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x30\n\x0cproblem_type\x18\x05 \x01(\x0e\x32\x1a.deltaserve.v1.ProblemType\x12\x14\n\x07replace\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07task_id\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_replaceB\n\n\x08_task_id\"8\n\x11LoadDeltaResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.deltaserve.v1.Delta\">\n\x12UnloadDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04wait\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x07\n\x05_wait\"P\n\x13UnloadDeltaResponse\x12$\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x14.deltaserve.v1.Delta\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x1f\n\x0fGetDeltaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetDeltaResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.deltaserve.v1.Delta\"M\n\x11ListDeltasRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"S\n\x12ListDeltasResponse\x12$\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x14.deltaserve.v1.Delta\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x14GetServerInfoRequest\x12\x12\n\x05steps\x18\x01 \x01(\x08H\x00\x88\x01\x01\x42\x08\n\x06_steps\"\x91\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x12\n\nmax_inputs\x18\x02 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\x12\x12\n\nmax_queued\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\"\x88\x01\n\x06Memory\x12\x16\n\x0e\x62\x61\x63kbone_bytes\x18\x01 \x01(\x04\x12\x19\n\x11kv_capacity_bytes\x18\x02 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13pool_capacity_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fpool_used_bytes\x18\x05 \x01(\x04\"\x96\x01\n\x04Step\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0f\n\x07started\x18\x02 \x01(\x01\x12\x10\n\x08\x64uration\x18\x03 \x01(\x01\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\r\n\x05slots\x18\x06 \x03(\r\x12\x0e\n\x06\x64\x65ltas\x18\x07 \x03(\t\x12\r\n\x05kinds\x18\x08 \x03(\t\x12\r\n\x05phase\x18\t \x01(\t\"\xe8\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kbone\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x03(\t\x12\r\n\x05kinds\x18\x05 \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08\x12%\n\x06limits\x18\n \x01(\x0b\x32\x15.deltaserve.v1.Limits\x12%\n\x06memory\x18\x0b \x01(\x0b\x32\x15.deltaserve.v1.Memory\x12\"\n\x05steps\x18\x0c \x03(\x0b\x32\x13.deltaserve.v1.Step\x12\x0f\n\x07running\x18\r \x01(\r\x12\x0f\n\x07waiting\x18\x0e \x01(\r\x12\x10\n\x08resident\x18\x0f \x01(\r\x12\x0e\n\x06uptime\x18\x10 \x01(\x01*\xbd\x01\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_GENERATION\x10\x01\x12 \n\x1cTASK_SEQUENCE_CLASSIFICATION\x10\x02\x12\x1d\n\x19TASK_TOKEN_CLASSIFICATION\x10\x03\x12\x12\n\x0eTASK_EMBEDDING\x10\x04\x12\x1b\n\x17TASK_QUESTION_ANSWERING\x10\x05\x12\x18\n\x14TASK_MULTIPLE_CHOICE\x10\x06*\xa3\x01\n\x0bProblemType\x12\x1c\n\x18PROBLEM_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PROBLEM_TYPE_REGRESSION\x10\x01\x12,\n(PROBLEM_TYPE_SINGLE_LABEL_CLASSIFICATION\x10\x02\x12+\n\'PROBLEM_TYPE_MULTI_LABEL_CLASSIFICATION\x10\x03*\x8f\x01\n\nDeltaState\x12\x1b\n\x17\x44\x45LTA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45LTA_STATE_LOADING\x10\x01\x12\x18\n\x14\x44\x45LTA_STATE_RESIDENT\x10\x02\x12\x17\n\x13\x44\x45LTA_STATE_EVICTED\x10\x03\x12\x18\n\x14\x44\x45LTA_STATE_DRAINING\x10\x04\x32\xb0\x03\n\x0c\x44\x65ltaService\x12N\n\tLoadDelta\x12\x1f.deltaserve.v1.LoadDeltaRequest\x1a .deltaserve.v1.LoadDeltaResponse\x12T\n\x0bUnloadDelta\x12!.deltaserve.v1.UnloadDeltaRequest\x1a\".deltaserve.v1.UnloadDeltaResponse\x12K\n\x08GetDelta\x12\x1e.deltaserve.v1.GetDeltaRequest\x1a\x1f.deltaserve.v1.GetDeltaResponse\x12Q\n\nListDeltas\x12 .deltaserve.v1.ListDeltasRequest\x1a!.deltaserve.v1.ListDeltasResponse\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve_protos.v1.deltas_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASK']._serialized_start=2051
-  _globals['_TASK']._serialized_end=2240
-  _globals['_PROBLEMTYPE']._serialized_start=2243
-  _globals['_PROBLEMTYPE']._serialized_end=2406
-  _globals['_DELTASTATE']._serialized_start=2409
-  _globals['_DELTASTATE']._serialized_end=2552
+  _globals['_TASK']._serialized_start=2073
+  _globals['_TASK']._serialized_end=2262
+  _globals['_PROBLEMTYPE']._serialized_start=2265
+  _globals['_PROBLEMTYPE']._serialized_end=2428
+  _globals['_DELTASTATE']._serialized_start=2431
+  _globals['_DELTASTATE']._serialized_end=2574
   _globals['_DELTA']._serialized_start=53
-  _globals['_DELTA']._serialized_end=513
-  _globals['_LOADDELTAREQUEST']._serialized_start=516
-  _globals['_LOADDELTAREQUEST']._serialized_end=733
-  _globals['_LOADDELTARESPONSE']._serialized_start=735
-  _globals['_LOADDELTARESPONSE']._serialized_end=791
-  _globals['_UNLOADDELTAREQUEST']._serialized_start=793
-  _globals['_UNLOADDELTAREQUEST']._serialized_end=855
-  _globals['_UNLOADDELTARESPONSE']._serialized_start=857
-  _globals['_UNLOADDELTARESPONSE']._serialized_end=937
-  _globals['_GETDELTAREQUEST']._serialized_start=939
-  _globals['_GETDELTAREQUEST']._serialized_end=970
-  _globals['_GETDELTARESPONSE']._serialized_start=972
-  _globals['_GETDELTARESPONSE']._serialized_end=1027
-  _globals['_LISTDELTASREQUEST']._serialized_start=1029
-  _globals['_LISTDELTASREQUEST']._serialized_end=1106
-  _globals['_LISTDELTASRESPONSE']._serialized_start=1108
-  _globals['_LISTDELTASRESPONSE']._serialized_end=1191
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1193
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1245
-  _globals['_LIMITS']._serialized_start=1248
-  _globals['_LIMITS']._serialized_end=1393
-  _globals['_MEMORY']._serialized_start=1396
-  _globals['_MEMORY']._serialized_end=1532
-  _globals['_STEP']._serialized_start=1535
-  _globals['_STEP']._serialized_end=1685
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1688
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2048
-  _globals['_DELTASERVICE']._serialized_start=2555
-  _globals['_DELTASERVICE']._serialized_end=2987
+  _globals['_DELTA']._serialized_end=535
+  _globals['_LOADDELTAREQUEST']._serialized_start=538
+  _globals['_LOADDELTAREQUEST']._serialized_end=755
+  _globals['_LOADDELTARESPONSE']._serialized_start=757
+  _globals['_LOADDELTARESPONSE']._serialized_end=813
+  _globals['_UNLOADDELTAREQUEST']._serialized_start=815
+  _globals['_UNLOADDELTAREQUEST']._serialized_end=877
+  _globals['_UNLOADDELTARESPONSE']._serialized_start=879
+  _globals['_UNLOADDELTARESPONSE']._serialized_end=959
+  _globals['_GETDELTAREQUEST']._serialized_start=961
+  _globals['_GETDELTAREQUEST']._serialized_end=992
+  _globals['_GETDELTARESPONSE']._serialized_start=994
+  _globals['_GETDELTARESPONSE']._serialized_end=1049
+  _globals['_LISTDELTASREQUEST']._serialized_start=1051
+  _globals['_LISTDELTASREQUEST']._serialized_end=1128
+  _globals['_LISTDELTASRESPONSE']._serialized_start=1130
+  _globals['_LISTDELTASRESPONSE']._serialized_end=1213
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1215
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1267
+  _globals['_LIMITS']._serialized_start=1270
+  _globals['_LIMITS']._serialized_end=1415
+  _globals['_MEMORY']._serialized_start=1418
+  _globals['_MEMORY']._serialized_end=1554
+  _globals['_STEP']._serialized_start=1557
+  _globals['_STEP']._serialized_end=1707
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1710
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2070
+  _globals['_DELTASERVICE']._serialized_start=2577
+  _globals['_DELTASERVICE']._serialized_end=3009
 # @@protoc_insertion_point(module_scope)

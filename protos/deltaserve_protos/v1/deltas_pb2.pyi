@@ -49,7 +49,7 @@ DELTA_STATE_EVICTED: DeltaState
 DELTA_STATE_DRAINING: DeltaState
 
 class Delta(_message.Message):
-    __slots__ = ("name", "version", "state", "kinds", "sites", "parameters", "file_bytes", "device_bytes", "tensors_matched", "warnings", "content_hash", "task", "labels", "problem_type", "guessed", "source", "format", "in_flight", "base_model", "task_id")
+    __slots__ = ("name", "version", "state", "kinds", "sites", "parameters", "file_bytes", "device_bytes", "tensors_matched", "warnings", "content_hash", "task", "labels", "problem_type", "guessed", "source", "format", "in_flight", "base_model", "task_id", "shared_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Delta(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: DeltaState
@@ -90,7 +91,8 @@ class Delta(_message.Message):
     in_flight: int
     base_model: str
     task_id: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[DeltaState, str]] = ..., kinds: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., parameters: _Optional[int] = ..., file_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., tensors_matched: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., content_hash: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[_Union[ProblemType, str]] = ..., guessed: _Optional[_Iterable[str]] = ..., source: _Optional[str] = ..., format: _Optional[str] = ..., in_flight: _Optional[int] = ..., base_model: _Optional[str] = ..., task_id: _Optional[int] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[DeltaState, str]] = ..., kinds: _Optional[_Iterable[str]] = ..., sites: _Optional[int] = ..., parameters: _Optional[int] = ..., file_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., tensors_matched: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., content_hash: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[_Union[ProblemType, str]] = ..., guessed: _Optional[_Iterable[str]] = ..., source: _Optional[str] = ..., format: _Optional[str] = ..., in_flight: _Optional[int] = ..., base_model: _Optional[str] = ..., task_id: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadDeltaRequest(_message.Message):
     __slots__ = ("name", "source", "task", "labels", "problem_type", "replace", "task_id")

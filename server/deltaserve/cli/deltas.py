@@ -153,6 +153,7 @@ def _show(delta: "DeltaInfo", json: bool) -> None:
             ("tensors", delta.tensors_matched),
             ("file", screen.size(delta.file_bytes)),
             ("on device", screen.size(delta.device_bytes)),
+            ("shared on device", screen.size(delta.shared_bytes) if delta.shared_bytes else None),
             ("in use", f"by {delta.in_flight} requests"),
             ("source", f"{delta.source} ({delta.format})"),
             ("made for", delta.base_model),

@@ -75,6 +75,7 @@ def delta(version: Version, resident: Collection[int], in_flight: int) -> deltas
         in_flight=in_flight,
         base_model=card.base_model,
         task_id=card.task_id,
+        shared_bytes=version.shared_bytes,
     )
 
 
