@@ -16,7 +16,6 @@ def run(device: torch.device, seed: int, seconds: float, *, tiny: bool) -> Itera
     yield from ops.check(device, seed)
     yield from engines.check(device, seed)
     yield Row("gpu.graphs", "not yet", {}, note="this release runs every forward eagerly")
-    yield Row("gpu.triton", "not yet", {}, note="this release runs the reference path on CUDA")
     for case in micro.cases(device, quick=device.type == "cpu", tiny=tiny):
         if time.monotonic() < end:
             yield from micro.run(case, device, seed, lambda: None)

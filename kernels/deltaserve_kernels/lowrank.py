@@ -10,10 +10,10 @@ import torch
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap, Run
 from deltaserve_kernels.slots import Entry, SlotTable
+from deltaserve_kernels.stacks import parted
 
-_STACKS = 2
-_STACKED_ROWS = 4
-"""Up to this many rows a run, one batched product over stacked weights beats a loop over runs."""
+_SETS = 2
+"""Of slots whose stacked weights are kept, for each bucket of ranks."""
 
 _Slots = tuple[int, ...]
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -34,7 +34,7 @@ class LowRankTable(SlotTable):
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(4, capacity, device)
         self._shares: dict[int, _Share] = {}
-        self._stacks: dict[_Slots, _Pair] = {}
+        self._stacks: dict[int, dict[_Slots, _Pair]] = {}
         self._scales: dict[_Slots, _Pair] = {}
         self._cached_at = -1
 
@@ -53,8 +53,8 @@ class LowRankTable(SlotTable):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the stacked copies."""
-        pairs = (*self._stacks.values(), *self._scales.values())
-        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+        kept = (*self._stacks.values(), self._scales)
+        return sum(t.numel() * t.element_size() for pairs in kept for pair in pairs.values() for t in pair)
 
     def split(self, rowmap: RowMap) -> tuple[_Found, list[_Found]]:
         """The runs without inner and outer; and the others, those of one A and one B together. All in row order."""
@@ -65,9 +65,9 @@ class LowRankTable(SlotTable):
             (alone if share is None else sharing.setdefault(share, [])).append((run, entry))
         return alone, list(sharing.values())
 
-    def stack(self, slots: _Slots) -> _Pair:
+    def stack(self, bucket: int, slots: _Slots) -> _Pair:
         """fp32 Aᵀ [slots, in, r] and scale · Bᵀ [slots, r, out], ranks padded with zeros to the largest."""
-        return self._cached(self._stacks, slots, _stacked)
+        return self._cached(self._stacks.setdefault(bucket, {}), slots, _stacked)
 
     def scales(self, slots: _Slots) -> _Pair:
         """fp32 scale · inner [slots, r] or [slots, r, r] and outer [slots, out], of slots that share A and B."""
@@ -75,12 +75,13 @@ class LowRankTable(SlotTable):
 
     def _cached(self, kept: dict[_Slots, _Pair], slots: _Slots, make: Callable[[list[Entry]], _Pair]) -> _Pair:
         if self._cached_at != self.generation:
-            self._stacks.clear()
+            for stacks in self._stacks.values():
+                stacks.clear()
             self._scales.clear()
             self._cached_at = self.generation
         found = kept.get(slots)
         if found is None:
-            if len(kept) >= _STACKS:
+            if len(kept) >= _SETS:
                 kept.pop(next(iter(kept)))
             found = kept[slots] = make([self._entries[s] for s in slots])
         return found
@@ -109,24 +110,37 @@ def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -
     alone, sharing = table.split(rowmap)
     for found in sharing:
         _shared(y, x, found, table)
-    rows = alone[0][0].rows if alone else 0
-    if len(alone) > 1 and rows <= _STACKED_ROWS and all(run.rows == rows for run, _ in alone):
-        _batched(y, x, [run for run, _ in alone], rows, table)
-        return
-    for run, entry in alone:
+    short, long = parted(alone)
+    alike: dict[int, _Found] = {}
+    for each in short:
+        alike.setdefault(_bucket(each[1]), []).append(each)
+    for bucket, found in alike.items():
+        if len(found) == 1:
+            long = [*long, *found]
+        else:
+            _batched(y, x, found, bucket, rowmap, table)
+    for run, entry in long:
         a, b = _weights(entry)
         part = y[run.start : run.stop]
         part.addmm_(x[run.start : run.stop].float() @ a.T, b.T, alpha=entry.scalars[0])
 
 
-def _batched(y: torch.Tensor, x: torch.Tensor, runs: list[Run], rows: int, table: LowRankTable) -> None:
-    down, up = table.stack(tuple(run.slot for run in runs))
-    where = _where(runs)
-    added = torch.bmm(torch.bmm(x[where].float().view(len(runs), rows, -1), down), up).flatten(0, 1)
-    if isinstance(where, slice):
-        y[where] += added
+def _batched(y: torch.Tensor, x: torch.Tensor, found: _Found, bucket: int, rowmap: RowMap, table: LowRankTable) -> None:
+    """Short runs of ranks in one bucket: two batched products over stacked weights."""
+    grid = rowmap.grid([run for run, _ in found])
+    down, up = table.stack(bucket, tuple(run.slot for run, _ in found))
+    added = grid.given(torch.bmm(torch.bmm(grid.taken(x).float(), down), up))
+    if isinstance(grid.rows, slice):
+        y[grid.rows] += added
     else:
-        y.index_add_(0, where, added)
+        y.index_add_(0, grid.rows, added)
+
+
+def _bucket(entry: Entry) -> int:
+    """A power of two, 8 at least: ranks of one bucket are padded to the largest, which wastes less than half."""
+    a = entry.tensors[0]
+    assert a is not None
+    return max(8, 1 << (int(a.shape[0]) - 1).bit_length())
 
 
 def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, table: LowRankTable) -> None:

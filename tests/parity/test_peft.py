@@ -18,6 +18,7 @@ NAMES = [*FAMILIES, *(pytest.param(f"{family}/all", marks=pytest.mark.long) for 
 TOLERANCE = 1e-5
 MOVED = 1e-2
 TOP = 20
+ROUNDS = 5
 SECONDS = 90
 
 Ours = tuple[list[int], torch.Tensor, torch.Tensor | None]
@@ -73,6 +74,11 @@ class Mixed:
         asyncio.run(self._ask(address))
 
     @property
+    def asked(self) -> int:
+        """Sequences: two for each delta and for the bare backbone."""
+        return 2 * (len(self.prepared.cases) + 1)
+
+    @property
     def plain_case(self) -> Any:
         """A case whose task needs no head: what the bare backbone is asked."""
         return next(case for case in self.prepared.cases if case.task not in HEADS)
@@ -83,14 +89,18 @@ class Mixed:
             for case in self.prepared.cases:
                 if case.name not in known:
                     await client.deltas.load(case.name, case.name, task_id=case.wanted.task_id, timeout=SECONDS)
-            before = (await client.server_info(steps=True)).steps
             plain = self.plain_case
-            results = await asyncio.gather(
-                *(call(client, case, inputs(case), delta=case.name) for case in self.prepared.cases),
-                call(client, plain, inputs(plain), backbone=True),
-            )
-            last = before[-1].index if before else 0
-            self.steps = tuple(s for s in (await client.server_info(steps=True)).steps if s.index > last)
+            # On a busy machine some may come after the batch has begun: then all are asked again.
+            for _ in range(ROUNDS):
+                before = (await client.server_info(steps=True)).steps
+                results = await asyncio.gather(
+                    *(call(client, case, inputs(case), delta=case.name) for case in self.prepared.cases),
+                    call(client, plain, inputs(plain), backbone=True),
+                )
+                last = before[-1].index if before else 0
+                self.steps = tuple(s for s in (await client.server_info(steps=True)).steps if s.index > last)
+                if max(step.sequences for step in self.steps) == self.asked:
+                    break
         for case, result in zip(self.prepared.cases, results, strict=False):
             assert result.delta == f"{case.name}@1"
             self.answers[case] = read(case, result)
@@ -144,9 +154,8 @@ def test_mixed_batch_equals_peft_alone(name: str, mixed: Callable[[str], Mixed])
 def test_batch_was_mixed(name: str, mixed: Callable[[str], Mixed]) -> None:
     """One forward held at least 8 sequences, 5 deltas of 3 kinds, and rows of the bare backbone."""
     most = max(mixed(name).steps, key=lambda step: (len(step.deltas), step.sequences))
-    asked = 2 * (len(mixed(name).prepared.cases) + 1)
     assert most.sequences >= 8 and len(most.deltas) >= 5 and len(set(most.kinds)) >= 3
-    assert most.sequences == asked, "those of the bare backbone are in it"
+    assert most.sequences == mixed(name).asked, "those of the bare backbone are in it"
     assert len(most.deltas) == len(mixed(name).prepared.cases)
 
 
