@@ -1,4 +1,4 @@
-"""SlotTable: for one primitive at one site, each slot's tensors and the device table of their addresses."""
+"""SlotTable: for one primitive at one site, each slot's tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +17,8 @@ class Entry:
 
 
 class SlotTable:
-    """`addresses` int64 [capacity, columns] on the device; 0 means that there is nothing here.
-
-    `generation` counts changes, so that what is derived from entries knows when it is stale. Written between forwards,
-    by the thread that launches them.
+    """`generation` counts changes, so that what is derived from entries knows when it is stale; `kept` is where kernels
+    keep that. Written between forwards, by the thread that launches them.
     """
 
     strided: frozenset[int] = frozenset()
@@ -31,7 +29,6 @@ class SlotTable:
         self.capacity = capacity
         self.device = device
         self._entries: dict[int, Entry] = {}
-        self._addresses: torch.Tensor | None = None
         self.generation = 0
         self.kept: dict[str, object] = {}
 
@@ -41,13 +38,6 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def addresses(self) -> torch.Tensor:
-        """Made when the first entry comes: most sites of a large backbone never see one."""
-        if self._addresses is None:
-            self._addresses = torch.zeros(self.capacity, self._columns, dtype=torch.int64, device=self.device)
-        return self._addresses
-
     def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
         """Publishes a slot's tensors; they must stay alive and where they are until `drop`."""
         assert 0 <= slot < self.capacity and len(tensors) == self._columns
@@ -55,14 +45,11 @@ class SlotTable:
             assert tensor is None or tensor.device == self.device
             assert tensor is None or tensor.is_contiguous() or (column in self.strided and tensor.stride(-1) == 1)
         self._entries[slot] = Entry(tensors, scalars)
-        row = [0 if t is None else t.data_ptr() for t in tensors]
-        self.addresses[slot] = torch.tensor(row, dtype=torch.int64)
         self.generation += 1
 
     def drop(self, slot: int) -> None:
         """Takes a slot's tensors back."""
         del self._entries[slot]
-        self.addresses[slot] = 0
         self.generation += 1
 
     def discard(self, slot: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deltaserve_kernels.dispatch import Implementation, choose, forced, path
+from deltaserve_kernels.gpu.board import Board, bits
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 from deltaserve_kernels.testing import error_ratio, poisoned, popularity
@@ -13,19 +14,33 @@ from deltaserve_kernels.testing import error_ratio, poisoned, popularity
 CPU = torch.device("cpu")
 
 
-def test_addresses_are_those_of_the_tensors_and_zero_where_nothing_is():
+def test_what_a_slot_has():
     table = SlotTable(2, 5, CPU)
     first, second = torch.ones(3), torch.ones(2)
     table.put(3, (first, None), (0.5,))
     table.put(0, (second, first))
-    expected = torch.zeros(5, 2, dtype=torch.int64)
-    expected[3, 0], expected[0, 0], expected[0, 1] = first.data_ptr(), second.data_ptr(), first.data_ptr()
-    assert torch.equal(table.addresses, expected)
     assert 3 in table and 1 not in table and len(table) == 2 and table.get(1) is None
     assert table.get(3).tensors[0] is first and table.get(3).scalars == (0.5,)
     generation = table.generation
     table.drop(3)
-    assert table.addresses[3].tolist() == [0, 0] and 3 not in table and table.generation > generation
+    assert 3 not in table and set(table.items()) == {0} and table.generation > generation
+
+
+def test_a_board_follows_its_table_in_place():
+    table = SlotTable(1, 5, CPU)
+    board = Board(table, 3, lambda slot, entry: (1, slot, bits(entry.scalars[0])))
+    rows = board.rows()
+    assert not rows.any()
+    table.put(3, (torch.ones(1),), (0.5,))
+    table.put(0, (torch.ones(1),), (-2.0,))
+    assert board.rows() is rows
+    assert rows[[0, 3], :2].tolist() == [[1, 0], [1, 3]] and not rows[[1, 2, 4]].any()
+    assert rows[[0, 3], 2].to(torch.int32).view(torch.float32).tolist() == [-2.0, 0.5]
+    table.drop(3)
+    table.drop(0)
+    table.put(0, (torch.ones(1),), (4.0,))
+    board.rows()
+    assert not rows[3].any() and rows[0, 2].to(torch.int32).view(torch.float32).item() == 4.0
 
 
 def test_entries_of_a_forward():
@@ -54,7 +69,7 @@ def test_a_column_may_be_declared_to_hold_views():
 
     table, whole = Views(2, 5, CPU), torch.ones(4, 6)
     table.put(0, (whole[:, 1:4], whole[1:2]))
-    assert table.addresses[0].tolist() == [whole.data_ptr() + 4, whole.data_ptr() + 24]
+    assert [t.data_ptr() for t in table.get(0).tensors] == [whole.data_ptr() + 4, whole.data_ptr() + 24]
     for tensors in ((whole[:1], whole[:, 1:4]), (whole.T, whole[:1])):
         with pytest.raises(AssertionError):
             table.put(1, tensors)

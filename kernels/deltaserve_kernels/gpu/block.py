@@ -6,7 +6,7 @@ import triton.language as tl
 
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, precision
-from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tiling import members, tiles
 from deltaserve_kernels.gpu.tuning import BLOCK, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
@@ -33,10 +33,8 @@ def block(
     if tl.load(here) != KIND:
         return
     blocks, b = tl.load(here + 1).to(tl.pointer_type(TYPE)), tl.load(here + 2).to(tl.int32)
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
-    rows = tl.load(order + first + m, mask=live, other=0)
+    places, live = members(tiles, tile, M)
+    rows = tl.load(order + places, mask=live, other=0)
     n = part * N + tl.arange(0, N)
     inside = n < width
     acc = tl.zeros((M, N), dtype=tl.float32)

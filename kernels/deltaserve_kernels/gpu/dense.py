@@ -10,7 +10,7 @@ import triton.language as tl
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores
 from deltaserve_kernels.gpu.numbers import numbers
-from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tiling import members, tiles
 from deltaserve_kernels.gpu.tuning import DENSE, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
@@ -36,10 +36,8 @@ def dense(
     outputs = tl.load(here + 2)
     if part * N >= outputs:
         return
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
-    rows = tl.load(order + first + m, mask=live, other=0)
+    places, live = members(tiles, tile, M)
+    rows = tl.load(order + places, mask=live, other=0)
     n = part * N + tl.arange(0, N)
     inside = n < outputs
     weight = tl.load(here + 1).to(tl.pointer_type(TYPE)) + n.to(tl.int64) * width

@@ -13,7 +13,7 @@ import triton.language as tl
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
-from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tiling import members, tiles
 from deltaserve_kernels.gpu.tuning import LOW_RANK, Shape
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
@@ -39,10 +39,8 @@ def shrink(
     rank = tl.load(here + 3).to(tl.int32)
     if part * R >= rank:
         return
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
-    rows = tl.load(order + first + m, mask=live, other=0)
+    places, live = members(tiles, tile, M)
+    rows = tl.load(order + places, mask=live, other=0)
     r = part * R + tl.arange(0, R)
     a = tl.load(here + 1).to(tl.pointer_type(TYPE)) + r.to(tl.int64) * tl.load(here + 4)
     acc = tl.zeros((M, R), dtype=tl.float32)
@@ -57,7 +55,7 @@ def shrink(
             acc = tl.dot(given, tl.trans(down), acc)
         else:
             acc = tl.dot(given.to(tl.float32), tl.trans(down.to(tl.float32)), acc, input_precision="ieee")
-    out = planes + split.to(tl.int64) * plane + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+    out = planes + split.to(tl.int64) * plane + places.to(tl.int64)[:, None] * ranks + r[None, :]
     tl.store(out, acc, mask=live[:, None] & (r < rank)[None, :])
 
 
@@ -77,12 +75,10 @@ def turn(
     rank = tl.load(here + 3).to(tl.int32)
     if part * R >= rank:
         return
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
+    places, live = members(tiles, tile, M)
     r = part * R + tl.arange(0, R)
     low = r < rank
-    lines = planes + (first + m).to(tl.int64) * ranks
+    lines = planes + places.to(tl.int64) * ranks
     inner, kind, dimensions = tl.load(here + 9), tl.load(here + 10), tl.load(here + 11)
     acc = tl.zeros((M, R), dtype=tl.float32)
     if dimensions == 2:
@@ -96,7 +92,7 @@ def turn(
             acc += tl.load(lines[:, None] + split * plane + r[None, :], mask=live[:, None] & low[None, :], other=0.0)
         if dimensions == 1:
             acc *= numbers(inner, kind, r, low)[None, :]
-    place = turned + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+    place = turned + places.to(tl.int64)[:, None] * ranks + r[None, :]
     tl.store(place, acc, mask=live[:, None] & low[None, :])
 
 
@@ -115,10 +111,8 @@ def expand(
     if (tl.load(here) == 0) | (tl.load(here + 12) != KIND):
         return
     rank = tl.load(here + 3).to(tl.int32)
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
-    rows = tl.load(order + first + m, mask=live, other=0)
+    places, live = members(tiles, tile, M)
+    rows = tl.load(order + places, mask=live, other=0)
     n = part * N + tl.arange(0, N)
     inside = n < width
     b = tl.load(here + 2).to(tl.pointer_type(TYPE)) + n.to(tl.int64) * tl.load(here + 5)
@@ -128,7 +122,7 @@ def expand(
         r = start + tl.arange(0, R)
         low = (r < rank)[None, :]
         h = tl.zeros((M, R), dtype=tl.float32)
-        spot = planes + (first + m).to(tl.int64)[:, None] * ranks + r[None, :]
+        spot = planes + places.to(tl.int64)[:, None] * ranks + r[None, :]
         for split in range(SPLIT):
             h += tl.load(spot + split * plane, mask=live[:, None] & low, other=0.0)
         up = tl.load(b[:, None] + r[None, :], mask=inside[:, None] & low, other=0.0).to(tl.float32)

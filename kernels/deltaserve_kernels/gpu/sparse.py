@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from deltaserve_kernels.gpu.board import Board
-from deltaserve_kernels.gpu.tiling import tiles
+from deltaserve_kernels.gpu.tiling import members, tiles
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -32,10 +32,8 @@ def sparse(
     here = board + slot.to(tl.int64) * COLUMNS
     if tl.load(here) == 0:
         return
-    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    m = tl.arange(0, M)
-    live = m < count
-    rows = tl.load(order + first + m, mask=live, other=0)
+    places, live = members(tiles, tile, M)
+    rows = tl.load(order + places, mask=live, other=0)
     inputs = tl.load(here + 1).to(tl.pointer_type(tl.int32))
     begins = tl.load(here + 2).to(tl.pointer_type(tl.int32))
     values = tl.load(here + 3).to(tl.pointer_type(tl.float32))

@@ -1,6 +1,8 @@
 """Tiling: the rows of a RowMap, by slot, cut into tiles of a fixed height."""
 
 import torch
+import triton
+import triton.language as tl
 
 from deltaserve_kernels.rowmap import RowMap
 
@@ -17,6 +19,14 @@ def tiles(rowmap: RowMap, height: int) -> torch.Tensor:
     if found is None:
         found = rowmap.kept["tiles", height] = torch.tensor(_cut(rowmap, height), dtype=torch.int32).to(rowmap.device)
     return found
+
+
+@triton.jit
+def members(tiles, tile, M: tl.constexpr):
+    """Of one tile of M rows: their places in the order, and which of them are meant."""
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    m = tl.arange(0, M)
+    return first + m, m < count
 
 
 def _cut(rowmap: RowMap, height: int) -> list[tuple[int, int, int]]:
