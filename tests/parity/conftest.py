@@ -45,18 +45,8 @@ def server(prepared: Callable[[str], Prepared]) -> Iterator[Callable[[str], str]
 def launched(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`deltaserve serve` on free ports; returns when it says that it is ready."""
     words = ["serve", str(folder / "backbone"), "--delta-root", str(folder / "deltas"), "--dtype", "float32"]
-    words += [
-        "--max-running",
-        "256",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--kv-bytes",
-        "32MiB",
-        "--pool-bytes",
-        "32MiB",
-    ]
+    words += ["--device", "cpu", "--threads", "1", "--max-running", "256", "--max-batch-tokens", "4096"]
+    words += ["--kv-bytes", "32MiB", "--pool-bytes", "32MiB"]
     words += ["--grpc-port", "0", "--metrics-port", "0", "--batch-wait-ms", "200", "--log-format", "json"]
     log = folder / "server.log"
     with log.open("wb") as out:
