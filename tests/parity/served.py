@@ -177,6 +177,8 @@ def _primitives(delta: Delta) -> frozenset[str]:
 def _first(error: Exception) -> str:
     """The first sentence, without what differs between families that fail alike."""
     line = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
+    # A set of names is printed in another order in each process.
+    line = re.sub(r"\{('[^{}:]*')\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", line)
     line = re.split(r"\. (?=[A-Z])|: '\w+'\.$", line)[0]
     line = re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", line)
     return re.sub(r"Conv1D\([^)]*\)", "Conv1D", f"{type(error).__name__}: {line}")
