@@ -8,7 +8,7 @@ import pytest
 import torch
 from driven import Driven, written
 from families import FAMILIES, SPECIAL, VOCABULARY
-from methods import HEADS, cases
+from methods import cases
 from reference import answer
 
 from deltaserve.deltas.sites import Pooling
@@ -18,6 +18,7 @@ from deltaserve_kernels.testing import error_ratio
 EXACT = 1e-5
 MOVED = 1e-2
 NAME = "modernbert-mean"
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 TEXTS = (1, 4, 9, 17)
 """Lengths; a local layer reaches three rows to either side."""
 
@@ -30,7 +31,7 @@ def mean() -> Any:
 
 def test_means_in_a_mixed_batch_equal_pefts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, NAME, replace(FAMILIES["modernbert"], name=NAME, config=mean))
-    models = written(NAME, [case for case in cases(NAME) if case.task in HEADS], tmp_path)
+    models = written(NAME, [case for case in cases(NAME) if case.task in CLASSIFIERS], tmp_path)
     driven = Driven(tmp_path)
     try:
         asked, requests = [], []
