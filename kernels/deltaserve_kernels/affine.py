@@ -73,7 +73,7 @@ def cpu_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTabl
         grid = rowmap.grid([run for run, _ in short])
         scale = table.stacks.of(short, table.generation)[_IN]
         assert scale is not None
-        out[grid.rows] = (out[grid.rows] * scale.index_select(0, grid.each)).to(out.dtype)
+        grid.put(out, (out[grid.rows] * scale.index_select(0, grid.each)).to(out.dtype))
     reference_input(out, long, rowmap, table)
 
 
@@ -88,7 +88,7 @@ def cpu_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable
         if shift is not None:
             part.add_(shift.index_select(0, grid.each))
         if not isinstance(grid.rows, slice):
-            y[grid.rows] = part
+            grid.put(y, part)
     reference_output(y, long, rowmap, table)
 
 

@@ -70,7 +70,7 @@ def cpu(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -
         alike.setdefault(_blocks(each[1]).shape, []).append(each)
     for shape, found in alike.items():
         grid = rowmap.grid([run for run, _ in found])
-        out[grid.rows] = grid.given(_way(shape)(grid.taken(x).float(), table.stack(found, shape))).to(out.dtype)
+        grid.put(out, grid.given(_way(shape)(grid.taken(x).float(), table.stack(found, shape))).to(out.dtype))
     for run, entry in long:
         part = x[run.start : run.stop].float().unsqueeze(0)
         out[run.start : run.stop] = _way(_blocks(entry).shape)(part, _stacked([entry]))[0].to(out.dtype)

@@ -109,7 +109,7 @@ def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTa
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
     alone, sharing = table.split(rowmap)
     for found in sharing:
-        _shared(y, x, found, table)
+        _shared(y, x, found, rowmap, table)
     short, long = parted(alone)
     alike: dict[int, _Found] = {}
     for each in short:
@@ -130,10 +130,7 @@ def _batched(y: torch.Tensor, x: torch.Tensor, found: _Found, bucket: int, rowma
     grid = rowmap.grid([run for run, _ in found])
     down, up = table.stack(bucket, tuple(run.slot for run, _ in found))
     added = grid.given(torch.bmm(torch.bmm(grid.taken(x).float(), down), up))
-    if isinstance(grid.rows, slice):
-        y[grid.rows] += added
-    else:
-        y.index_add_(0, grid.rows, added)
+    grid.add(y, added)
 
 
 def _bucket(entry: Entry) -> int:
@@ -143,23 +140,19 @@ def _bucket(entry: Entry) -> int:
     return max(8, 1 << (int(a.shape[0]) - 1).bit_length())
 
 
-def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, table: LowRankTable) -> None:
+def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, rowmap: RowMap, table: LowRankTable) -> None:
     """Two products for the rows of all slots that have one A and one B."""
     a, b = _weights(found[0][1])
     runs = [run for run, _ in found]
     inner, outer = table.scales(tuple(run.slot for run in runs))
     counts = [run.rows for run in runs]
-    where = _where(runs)
-    hidden = x[where].float() @ a.T
+    grid = rowmap.grid(runs)
+    hidden = x[grid.rows].float() @ a.T
     if inner.ndim == 3:
         hidden = torch.cat([part @ one.T for part, one in zip(hidden.split(counts), inner, strict=True)])
     else:
         hidden.mul_(_by_row(inner, counts))
-    added, outer = hidden @ b.T, _by_row(outer, counts)
-    if isinstance(where, slice):
-        y[where].addcmul_(added, outer)
-    else:
-        y.index_add_(0, where, added.mul_(outer))
+    grid.add(y, (hidden @ b.T).mul_(_by_row(outer, counts)))
 
 
 def _by_row(scales: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -167,13 +160,6 @@ def _by_row(scales: torch.Tensor, counts: list[int]) -> torch.Tensor:
     if len(counts) == 1 or max(counts) == 1:
         return scales
     return scales.repeat_interleave(torch.tensor(counts), 0)
-
-
-def _where(runs: list[Run]) -> slice | torch.Tensor:
-    """Rows of runs, which are in row order: a slice if they stand together, else int64 [rows]."""
-    if runs[-1].stop - runs[0].start == sum(run.rows for run in runs):
-        return slice(runs[0].start, runs[-1].stop)
-    return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
 
 def _weights(entry: Entry) -> _Pair:

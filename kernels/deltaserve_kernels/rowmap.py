@@ -29,7 +29,7 @@ class Grid:
 
     `rows`: where they stand, a slice where that is one. `each` int64 [rows]: the number of a row's run. `padded` int64
     [runs · depth] and `back` int64 [rows], None where all runs are equally long: the rows to take, and where each of
-    them is then.
+    them is then. `starts`, `lengths`: of the pieces of `rows` that stand together.
     """
 
     runs: int
@@ -38,6 +38,8 @@ class Grid:
     each: torch.Tensor
     padded: torch.Tensor | None
     back: torch.Tensor | None
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, runs: Sequence[Run], device: torch.device) -> "Grid":
@@ -47,16 +49,34 @@ class Grid:
         together = numbers[-1] - numbers[0] + 1 == len(numbers)
         rows = slice(numbers[0], numbers[-1] + 1) if together else torch.tensor(numbers, device=device)
         each = torch.tensor([number for number, run in enumerate(runs) for _ in range(run.rows)], device=device)
+        pieces: list[tuple[int, int]] = []
+        for run in runs:
+            if pieces and sum(pieces[-1]) == run.start:
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + run.rows)
+            else:
+                pieces.append((run.start, run.rows))
+        starts, lengths = zip(*pieces, strict=True)
         if all(run.rows == depth for run in runs):
-            return cls(len(runs), depth, rows, each, None, None)
+            return cls(len(runs), depth, rows, each, None, None, starts, lengths)
         padded = [min(run.start + at, run.stop - 1) for run in runs for at in range(depth)]
         back = [number * depth + at for number, run in enumerate(runs) for at in range(run.rows)]
-        return cls(len(runs), depth, rows, each, torch.tensor(padded, device=device), torch.tensor(back, device=device))
+        taken, back_to = torch.tensor(padded, device=device), torch.tensor(back, device=device)
+        return cls(len(runs), depth, rows, each, taken, back_to, starts, lengths)
 
     def taken(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows of the axis, width] -> [runs, depth, width]."""
         found = x[self.rows] if self.padded is None else x.index_select(0, self.padded)
         return found.view(self.runs, self.depth, -1)
+
+    def put(self, out: torch.Tensor, values: torch.Tensor) -> None:
+        """out[rows] = values [rows, width], a piece at a time: an indexed write wakes all threads for a few rows."""
+        for start, part in zip(self.starts, values.split(self.lengths), strict=True):
+            out[start : start + part.shape[0]].copy_(part)
+
+    def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
+        """out[rows] += values [rows, width], as `put`."""
+        for start, part in zip(self.starts, values.split(self.lengths), strict=True):
+            out[start : start + part.shape[0]].add_(part)
 
     def given(self, y: torch.Tensor) -> torch.Tensor:
         """y [runs, depth, width] -> [rows, width], as they stand in `rows`."""
