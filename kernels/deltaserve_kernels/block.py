@@ -20,19 +20,16 @@ class BlockTable(SlotTable):
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(1, capacity, device)
-        self.stacks: dict[torch.Size, Stacks] = {}
+        self.stacks = Stacks(lambda entries: (_stacked(entries),))
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of the stacked copies."""
-        return sum(stacks.nbytes for stacks in self.stacks.values())
+        return self.stacks.nbytes
 
     def stack(self, found: Found, shape: torch.Size) -> torch.Tensor:
         """See `_stacked`; of these runs' slots, whose blocks are all of one shape."""
-        stacks = self.stacks.get(shape)
-        if stacks is None:
-            stacks = self.stacks[shape] = Stacks(lambda entries: (_stacked(entries),))
-        (blocks,) = stacks.of(found, self.generation)
+        (blocks,) = self.stacks.of(found, self.generation, shape)
         assert blocks is not None
         return blocks
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deltaserve_kernels.lowrank import expanded
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
@@ -60,13 +61,8 @@ def add_low_rank(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: Look
     if not table.touches(rowmap):
         return
     for run, entry in table.entries(rowmap):
-        a, b, inner, outer = entry.tensors
-        assert a is not None and b is not None
-        hidden = a[:, ids[run.start : run.stop]].float().T
-        if inner is not None:
-            hidden = hidden * inner.float() if inner.ndim == 1 else hidden @ inner.float().T
-        added = hidden @ b.float().T
-        if outer is not None:
-            added *= outer.float()
+        a = entry.tensors[0]
+        assert a is not None
+        added = expanded(a[:, ids[run.start : run.stop]].float().T, entry)
         part = y[run.start : run.stop]
-        part.copy_((part.float() + factor * entry.scalars[0] * added).to(y.dtype))
+        part.copy_((part.float() + factor * added).to(y.dtype))

@@ -3,21 +3,16 @@
 D is diag(inner) where inner is [r], and innerᵀ where it is [r, r].
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
 from deltaserve_kernels.dispatch import Implementation, path
-from deltaserve_kernels.rowmap import RowMap, Run
+from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import parted
+from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
 
-_SETS = 2
-"""Of slots whose stacked weights are kept, for each bucket of ranks."""
-
-_Slots = tuple[int, ...]
 _Pair = tuple[torch.Tensor, torch.Tensor]
-_Found = list[tuple[Run, Entry]]
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 _Share = tuple[_Place, _Place, bool]
 """Of A, of B, and whether inner is [r, r]."""
@@ -34,9 +29,7 @@ class LowRankTable(SlotTable):
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(4, capacity, device)
         self._shares: dict[int, _Share] = {}
-        self._stacks: dict[int, dict[_Slots, _Pair]] = {}
-        self._scales: dict[_Slots, _Pair] = {}
-        self._cached_at = -1
+        self._stacks, self._scales = Stacks(_stacked), Stacks(_scaled)
 
     def put(self, slot: int, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
         """See `SlotTable.put`; A and B may come alone."""
@@ -53,38 +46,24 @@ class LowRankTable(SlotTable):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the stacked copies."""
-        kept = (*self._stacks.values(), self._scales)
-        return sum(t.numel() * t.element_size() for pairs in kept for pair in pairs.values() for t in pair)
+        return self._stacks.nbytes + self._scales.nbytes
 
-    def split(self, rowmap: RowMap) -> tuple[_Found, list[_Found]]:
+    def split(self, rowmap: RowMap) -> tuple[Found, list[Found]]:
         """The runs without inner and outer; and the others, those of one A and one B together. All in row order."""
-        alone: _Found = []
-        sharing: dict[_Share, _Found] = {}
+        alone: Found = []
+        sharing: dict[_Share, Found] = {}
         for run, entry in self.entries(rowmap):
             share = self._shares.get(run.slot)
             (alone if share is None else sharing.setdefault(share, [])).append((run, entry))
         return alone, list(sharing.values())
 
-    def stack(self, bucket: int, slots: _Slots) -> _Pair:
+    def stack(self, bucket: int, found: Found) -> _Pair:
         """fp32 Aᵀ [slots, in, r] and scale · Bᵀ [slots, r, out], ranks padded with zeros to the largest."""
-        return self._cached(self._stacks.setdefault(bucket, {}), slots, _stacked)
+        return _both(self._stacks.of(found, self.generation, bucket))
 
-    def scales(self, slots: _Slots) -> _Pair:
+    def scales(self, found: Found) -> _Pair:
         """fp32 scale · inner [slots, r] or [slots, r, r] and outer [slots, out], of slots that share A and B."""
-        return self._cached(self._scales, slots, _scaled)
-
-    def _cached(self, kept: dict[_Slots, _Pair], slots: _Slots, make: Callable[[list[Entry]], _Pair]) -> _Pair:
-        if self._cached_at != self.generation:
-            for stacks in self._stacks.values():
-                stacks.clear()
-            self._scales.clear()
-            self._cached_at = self.generation
-        found = kept.get(slots)
-        if found is None:
-            if len(kept) >= _SETS:
-                kept.pop(next(iter(kept)))
-            found = kept[slots] = make([self._entries[s] for s in slots])
-        return found
+        return _both(self._scales.of(found, self.generation))
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
@@ -99,11 +78,16 @@ def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable)
 
 def reference(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
     for run, entry in table.entries(rowmap):
-        a, b = _weights(entry)
-        inner, outer = _vectors(entry)
-        hidden = x[run.start : run.stop].float() @ a.T
-        hidden = hidden * inner if inner.ndim == 1 else hidden @ inner.T
-        y[run.start : run.stop] += entry.scalars[0] * outer * (hidden @ b.T)
+        a, _ = _weights(entry)
+        y[run.start : run.stop] += expanded(x[run.start : run.stop].float() @ a.T, entry)
+
+
+def expanded(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """scale · outer ⊙ (h D Bᵀ), fp32 [rows, out], of h = x Aᵀ, fp32 [rows, r]."""
+    _, b = _weights(entry)
+    inner, outer = _vectors(entry)
+    hidden = hidden * inner if inner.ndim == 1 else hidden @ inner.T
+    return entry.scalars[0] * outer * (hidden @ b.T)
 
 
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
@@ -111,7 +95,7 @@ def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -
     for found in sharing:
         _shared(y, x, found, rowmap, table)
     short, long = parted(alone)
-    alike: dict[int, _Found] = {}
+    alike: dict[int, Found] = {}
     for each in short:
         alike.setdefault(_bucket(each[1]), []).append(each)
     for bucket, found in alike.items():
@@ -125,10 +109,10 @@ def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -
         part.addmm_(x[run.start : run.stop].float() @ a.T, b.T, alpha=entry.scalars[0])
 
 
-def _batched(y: torch.Tensor, x: torch.Tensor, found: _Found, bucket: int, rowmap: RowMap, table: LowRankTable) -> None:
+def _batched(y: torch.Tensor, x: torch.Tensor, found: Found, bucket: int, rowmap: RowMap, table: LowRankTable) -> None:
     """Short runs of ranks in one bucket: two batched products over stacked weights."""
     grid = rowmap.grid([run for run, _ in found])
-    down, up = table.stack(bucket, tuple(run.slot for run, _ in found))
+    down, up = table.stack(bucket, found)
     added = grid.given(torch.bmm(torch.bmm(grid.taken(x).float(), down), up))
     grid.add(y, added)
 
@@ -140,11 +124,11 @@ def _bucket(entry: Entry) -> int:
     return max(8, 1 << (int(a.shape[0]) - 1).bit_length())
 
 
-def _shared(y: torch.Tensor, x: torch.Tensor, found: _Found, rowmap: RowMap, table: LowRankTable) -> None:
+def _shared(y: torch.Tensor, x: torch.Tensor, found: Found, rowmap: RowMap, table: LowRankTable) -> None:
     """Two products for the rows of all slots that have one A and one B."""
     a, b = _weights(found[0][1])
     runs = [run for run, _ in found]
-    inner, outer = table.scales(tuple(run.slot for run in runs))
+    inner, outer = table.scales(found)
     counts = [run.rows for run in runs]
     grid = rowmap.grid(runs)
     hidden = x[grid.rows].float() @ a.T
@@ -160,6 +144,12 @@ def _by_row(scales: torch.Tensor, counts: list[int]) -> torch.Tensor:
     if len(counts) == 1 or max(counts) == 1:
         return scales
     return scales.repeat_interleave(torch.tensor(counts), 0)
+
+
+def _both(stack: Stack) -> _Pair:
+    one, other = stack
+    assert one is not None and other is not None
+    return one, other
 
 
 def _weights(entry: Entry) -> _Pair:
@@ -183,7 +173,7 @@ def _place(tensor: torch.Tensor) -> _Place:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _stacked(entries: list[Entry]) -> _Pair:
+def _stacked(entries: Sequence[Entry]) -> _Pair:
     pairs = [_weights(entry) for entry in entries]
     rank = max(a.shape[0] for a, _ in pairs)
     down = torch.zeros(len(pairs), pairs[0][0].shape[1], rank)
@@ -194,7 +184,7 @@ def _stacked(entries: list[Entry]) -> _Pair:
     return down, up
 
 
-def _scaled(entries: list[Entry]) -> _Pair:
+def _scaled(entries: Sequence[Entry]) -> _Pair:
     pairs = [_vectors(entry) for entry in entries]
     inner = torch.stack([inner * entry.scalars[0] for (inner, _), entry in zip(pairs, entries, strict=True)])
     return inner, torch.stack([outer for _, outer in pairs])

@@ -93,7 +93,7 @@ def _sorted(entry: Entry, outputs: int) -> Bags:
 def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) -> None:
     from deltaserve_kernels.gpu import sparse
 
-    sparse.launch(y, x, rowmap, table, table.bags)
+    sparse.launch(y, x, rowmap, table)
 
 
 _PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.attention.paths import Attention
+from deltaserve_kernels.attention.paths import Attention, Pair
 from deltaserve_kernels.gpu import cut, prefixes
 from deltaserve_kernels.gpu.cut import Cut, Heads
 from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, power
@@ -181,8 +181,6 @@ JOINED = {"D": WIDEST, "P": 8}
 """Parts that are joined at a time."""
 _ALIGNED = 8
 """Elements: strides that are multiples of them keep rows at 16 bytes."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def launch(query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention) -> torch.Tensor:

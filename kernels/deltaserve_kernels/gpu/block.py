@@ -6,8 +6,8 @@ import triton.language as tl
 
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, precision
-from deltaserve_kernels.gpu.tiling import members, tiles
-from deltaserve_kernels.gpu.tuning import BLOCK, Shape
+from deltaserve_kernels.gpu.tiling import members, owner, tiles
+from deltaserve_kernels.gpu.tuning import BLOCK
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -26,11 +26,8 @@ def block(
     Where blocks are multiples of N, each program stays inside one, and the sum is a product of tiles.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) != KIND:
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if kind != KIND:
         return
     blocks, b = tl.load(here + 1).to(tl.pointer_type(TYPE)), tl.load(here + 2).to(tl.int32)
     places, live = members(tiles, tile, M)
@@ -73,7 +70,7 @@ def row(_: int, entry: Entry) -> tuple[int, ...]:
 def launch(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
     """Writes x · diag(R_1, ...), fp32 rounded once, to the rows of `out` that have blocks; `out` may be x."""
     x = x.clone() if out is x else x
-    plan = BLOCK.choose(Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1]))
+    plan = BLOCK.choose(rowmap)
     cut, board = tiles(rowmap, plan.m), Board.of(table, COLUMNS, row).rows()
     for dtype in kinds(entry for _, entry in table.entries(rowmap)):
         block[(len(cut), triton.cdiv(x.shape[1], plan.n))](

@@ -10,8 +10,8 @@ import triton.language as tl
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores
 from deltaserve_kernels.gpu.numbers import numbers
-from deltaserve_kernels.gpu.tiling import members, tiles
-from deltaserve_kernels.gpu.tuning import DENSE, Shape
+from deltaserve_kernels.gpu.tiling import members, owner, tiles
+from deltaserve_kernels.gpu.tuning import DENSE
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -27,11 +27,8 @@ def dense(
 ):  # fmt: skip
     """The rows of one tile and N outputs, over all inputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) != KIND:
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if kind != KIND:
         return
     outputs = tl.load(here + 2)
     if part * N >= outputs:
@@ -98,7 +95,7 @@ def replace_outputs(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: Slo
 def _launch(
     y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, board: Board, dtypes: list[torch.dtype], most: int
 ) -> None:
-    plan = DENSE.choose(Shape(rows=len(rowmap.order), tiles=len(rowmap.active), width=x.shape[1]))
+    plan = DENSE.choose(rowmap)
     cut, told = tiles(rowmap, plan.m), board.rows()
     for dtype in dtypes:
         dense[(len(cut), triton.cdiv(most, plan.n))](

@@ -13,8 +13,8 @@ import triton.language as tl
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
-from deltaserve_kernels.gpu.tiling import members, tiles
-from deltaserve_kernels.gpu.tuning import LOW_RANK, Shape
+from deltaserve_kernels.gpu.tiling import members, owner, tiles
+from deltaserve_kernels.gpu.tuning import LOW_RANK
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -30,11 +30,8 @@ def shrink(
 ):  # fmt: skip
     """planes[s, place, r] = Σ x[row, k] · A[r, k] over the k of split s, for one tile's rows and R of its ranks."""
     tile, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) != KIND:
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if kind != KIND:
         return
     rank = tl.load(here + 3).to(tl.int32)
     if part * R >= rank:
@@ -66,11 +63,8 @@ def turn(
 ):  # fmt: skip
     """turned[place, r] = Σ h[place, j] · D[j, r], for the rows of one tile and R of its ranks."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) == 0:
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if kind == 0:
         return
     rank = tl.load(here + 3).to(tl.int32)
     if part * R >= rank:
@@ -79,19 +73,19 @@ def turn(
     r = part * R + tl.arange(0, R)
     low = r < rank
     lines = planes + places.to(tl.int64) * ranks
-    inner, kind, dimensions = tl.load(here + 9), tl.load(here + 10), tl.load(here + 11)
+    inner, inner_kind, dimensions = tl.load(here + 9), tl.load(here + 10), tl.load(here + 11)
     acc = tl.zeros((M, R), dtype=tl.float32)
     if dimensions == 2:
         for j in range(0, rank):
             h = tl.zeros((M,), dtype=tl.float32)
             for split in range(SPLIT):
                 h += tl.load(lines + split * plane + j, mask=live, other=0.0)
-            acc += h[:, None] * numbers(inner, kind, r * rank + j, low)[None, :]
+            acc += h[:, None] * numbers(inner, inner_kind, r * rank + j, low)[None, :]
     else:
         for split in range(SPLIT):
             acc += tl.load(lines[:, None] + split * plane + r[None, :], mask=live[:, None] & low[None, :], other=0.0)
         if dimensions == 1:
-            acc *= numbers(inner, kind, r, low)[None, :]
+            acc *= numbers(inner, inner_kind, r, low)[None, :]
     place = turned + places.to(tl.int64)[:, None] * ranks + r[None, :]
     tl.store(place, acc, mask=live[:, None] & low[None, :])
 
@@ -104,11 +98,8 @@ def expand(
 ):  # fmt: skip
     """y[row, n] += scale · outer[n] · Σ h[place, r] · B[n, r], for the rows of one tile and N outputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if (tl.load(here) == 0) | (tl.load(here + 12) != KIND):
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if (kind == 0) | (tl.load(here + 12) != KIND):
         return
     rank = tl.load(here + 3).to(tl.int32)
     places, live = members(tiles, tile, M)
@@ -154,10 +145,9 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
     board = Board.of(table, COLUMNS, row).rows()
     entries = [entry for _, entry in table.entries(rowmap)]
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
-    rows = len(rowmap.order)
-    plan = LOW_RANK.choose(Shape(rows=rows, tiles=len(rowmap.active), width=x.shape[1]))
+    plan = LOW_RANK.choose(rowmap)
     cut, r = tiles(rowmap, plan.m), plan.r
-    planes = torch.empty(plan.split, rows, ranks, dtype=torch.float32, device=x.device)
+    planes = torch.empty(plan.split, len(rowmap.order), ranks, dtype=torch.float32, device=x.device)
     for dtype in kinds(entries):
         shrink[(len(cut), triton.cdiv(ranks, r), plan.split)](
             x, rowmap.order, cut, board, planes, x.stride(0), x.shape[1], planes.stride(0), ranks,
@@ -166,7 +156,7 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
         )  # fmt: skip
     split = plan.split
     if any(entry.tensors[2] is not None for entry in entries):
-        turned = torch.empty(1, rows, ranks, dtype=torch.float32, device=x.device)
+        turned = torch.empty(1, len(rowmap.order), ranks, dtype=torch.float32, device=x.device)
         turn[(len(cut), triton.cdiv(ranks, r))](
             cut, board, planes, turned, planes.stride(0), ranks,
             COLUMNS=COLUMNS, M=plan.m, R=r, SPLIT=split, num_warps=plan.warps,

@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from deltaserve_kernels.attention.paths import Pair
 from deltaserve_kernels.attention.prefix import PrefixTable
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.slots import Entry
@@ -13,8 +14,6 @@ COLUMNS = 7
 """Kind, K, V, rows, `pre`, `tok`, biased. The kind is that of the cache."""
 _ALIGNED = 16
 """Bytes: what the kernel takes for granted of addresses."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def board(prefix: PrefixTable, dtype: torch.dtype, heads: int, width: int) -> torch.Tensor:

@@ -1,22 +1,18 @@
 """Sparse as one kernel: y += x Sᵀ, an output at a time summing the few inputs that it has. SHiRA (arXiv 2406.13175)."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
 from deltaserve_kernels.gpu.board import Board
-from deltaserve_kernels.gpu.tiling import members, tiles
+from deltaserve_kernels.gpu.tiling import members, owner, tiles
 from deltaserve_kernels.rowmap import RowMap
-from deltaserve_kernels.slots import Entry, SlotTable
+from deltaserve_kernels.slots import Entry
+from deltaserve_kernels.sparse import SparseTable
 
 COLUMNS = 5
 """Whether there is something, inputs int32 [n] by output, where each output's begin int32 [out], values fp32 [n], n."""
 M, N, WARPS = 4, 128, 4
-
-Bags = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Those three of a slot; whoever gives them keeps them alive as long as the slot."""
 
 
 @triton.jit
@@ -26,11 +22,8 @@ def sparse(
 ):  # fmt: skip
     """y[row, n] += Σ x[row, inputs[i]] · values[i] over n's i, for the rows of one tile and N outputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
-    here = board + slot.to(tl.int64) * COLUMNS
-    if tl.load(here) == 0:
+    here, kind = owner(tiles, board, tile, COLUMNS)
+    if kind == 0:
         return
     places, live = members(tiles, tile, M)
     rows = tl.load(order + places, mask=live, other=0)
@@ -57,17 +50,11 @@ def sparse(
     tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    rowmap: RowMap,
-    table: SlotTable,
-    bags: Callable[[int, Entry, int], Bags],
-) -> None:
-    """y += x Sᵀ in place. y [rows, out], x [rows, in], of any float dtype. `bags`: of a slot with so many outputs."""
+def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) -> None:
+    """y += x Sᵀ in place. y [rows, out], x [rows, in], of any float dtype."""
 
     def row(slot: int, entry: Entry) -> tuple[int, ...]:
-        inputs, begins, values = bags(slot, entry, y.shape[1])
+        inputs, begins, values = table.bags(slot, entry, y.shape[1])
         return (1, inputs.data_ptr(), begins.data_ptr(), values.data_ptr(), inputs.shape[0])
 
     cut, board = tiles(rowmap, M), Board.of(table, COLUMNS, row).rows()

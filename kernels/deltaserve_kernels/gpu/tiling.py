@@ -6,12 +6,9 @@ import triton.language as tl
 
 from deltaserve_kernels.rowmap import RowMap
 
-COLUMNS = 3
-"""Slot (BARE: an empty tile), first place in the order, rows."""
-
 
 def tiles(rowmap: RowMap, height: int) -> torch.Tensor:
-    """int32 [tiles, 3]: each tile's slot, where in `rowmap.order` it begins, and how many of its rows are meant.
+    """int32 [tiles, 3]: each tile's slot (BARE: an empty one), where in `rowmap.order` it begins, and its rows.
 
     Made once for each height and forward.
     """
@@ -19,6 +16,14 @@ def tiles(rowmap: RowMap, height: int) -> torch.Tensor:
     if found is None:
         found = rowmap.kept["tiles", height] = torch.tensor(_cut(rowmap, height), dtype=torch.int32).to(rowmap.device)
     return found
+
+
+@triton.jit
+def owner(tiles, board, tile, COLUMNS: tl.constexpr):
+    """Of one tile: its slot's row of the board, and the kind in it, NOTHING where the tile is empty."""
+    slot = tl.load(tiles + tile * 3).to(tl.int64)
+    here = board + tl.maximum(slot, 0) * COLUMNS
+    return here, tl.where(slot < 0, 0, tl.load(here))
 
 
 @triton.jit

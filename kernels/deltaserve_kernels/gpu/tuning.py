@@ -1,15 +1,8 @@
-"""Which tile sizes a launch takes, by its shape. All choices are listed, so that tests compile them all."""
+"""Which tile sizes a launch takes, by its rows. All choices are listed, so that tests compile them all."""
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Shape:
-    """`rows` of `tiles` distinct slots; `width` of the longer side of the product."""
-
-    rows: int
-    tiles: int
-    width: int
+from deltaserve_kernels.rowmap import RowMap
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,8 @@ class Table:
     def all(self) -> tuple[Tiles, ...]:
         return tuple(dict.fromkeys(regime.tiles for regime in self.regimes))
 
-    def choose(self, shape: Shape) -> Tiles:
-        each = shape.rows / max(1, shape.tiles)
+    def choose(self, rowmap: RowMap) -> Tiles:
+        each = len(rowmap.order) / max(1, len(rowmap.active))
         return next(regime.tiles for regime in self.regimes if each <= regime.most)
 
 

@@ -16,7 +16,7 @@ from deltaserve.cli.extra import needs
 if TYPE_CHECKING:
     from deltaserve.app.conversion import Converted
 
-MODEL, HEAD = "Backbone", "Task and head"
+MODEL = "Backbone"
 
 
 def convert(
@@ -51,49 +51,10 @@ def convert(
             rich_help_panel=MODEL,
         ),
     ] = "auto",
-    task: Annotated[
-        Literal[
-            "generation",
-            "sequence_classification",
-            "token_classification",
-            "embedding",
-            "question_answering",
-            "multiple_choice",
-        ]
-        | None,
-        typer.Option("--task", help="What it does.", show_default="from the checkpoint", rich_help_panel=HEAD),
-    ] = None,
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label",
-            metavar="LABEL",
-            help="Name of a head's output; once for each, in order.",
-            show_default="from the checkpoint",
-            rich_help_panel=HEAD,
-        ),
-    ] = None,
-    problem_type: Annotated[
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None,
-        typer.Option(
-            "--problem-type",
-            help="What the head's outputs mean.",
-            show_default="from the checkpoint",
-            rich_help_panel=HEAD,
-        ),
-    ] = None,
-    task_id: Annotated[
-        int | None,
-        typer.Option(
-            "--task-id",
-            min=0,
-            max=(1 << 32) - 1,
-            metavar="NUMBER",
-            help="Which task's delta to make of a checkpoint for several, from 0.",
-            show_default="the only one",
-            rich_help_panel=HEAD,
-        ),
-    ] = None,
+    task: options.Task = None,
+    labels: options.Labels = None,
+    problem_type: options.ProblemType = None,
+    task_id: options.TaskId = None,
     allow_pickle_archives: Annotated[
         bool,
         typer.Option(

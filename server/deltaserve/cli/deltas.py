@@ -1,6 +1,6 @@
 """`deltaserve deltas`: load, ls, show, unload."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,42 +27,10 @@ def load(
         bool | None,
         typer.Option("--replace", help="Allow another content: it becomes the next version.", show_default=False),
     ] = None,
-    task: Annotated[
-        Literal[
-            "generation",
-            "sequence_classification",
-            "token_classification",
-            "embedding",
-            "question_answering",
-            "multiple_choice",
-        ]
-        | None,
-        typer.Option("--task", help="What it does.", show_default="from the checkpoint"),
-    ] = None,
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label",
-            metavar="LABEL",
-            help="Name of a head's output; once for each, in order.",
-            show_default="from the checkpoint",
-        ),
-    ] = None,
-    problem_type: Annotated[
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None,
-        typer.Option("--problem-type", help="What the head's outputs mean.", show_default="from the checkpoint"),
-    ] = None,
-    task_id: Annotated[
-        int | None,
-        typer.Option(
-            "--task-id",
-            min=0,
-            max=(1 << 32) - 1,
-            metavar="NUMBER",
-            help="Which task's delta to make of a checkpoint for several, from 0.",
-            show_default="the only one",
-        ),
-    ] = None,
+    task: options.Task = None,
+    labels: options.Labels = None,
+    problem_type: options.ProblemType = None,
+    task_id: options.TaskId = None,
     json: options.Json = False,
     address: options.Address = None,
     timeout: options.Timeout = None,

@@ -76,6 +76,43 @@ Truncate: TypeAlias = Annotated[
     ),
 ]
 
+Task: TypeAlias = Annotated[
+    Literal[
+        "generation",
+        "sequence_classification",
+        "token_classification",
+        "embedding",
+        "question_answering",
+        "multiple_choice",
+    ]
+    | None,
+    typer.Option("--task", help="What it does.", show_default="from the checkpoint"),
+]
+Labels: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="LABEL",
+        help="Name of a head's output; once for each, in order.",
+        show_default="from the checkpoint",
+    ),
+]
+ProblemType: TypeAlias = Annotated[
+    Literal["regression", "single_label_classification", "multi_label_classification"] | None,
+    typer.Option("--problem-type", help="What the head's outputs mean.", show_default="from the checkpoint"),
+]
+TaskId: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--task-id",
+        min=0,
+        max=(1 << 32) - 1,
+        metavar="NUMBER",
+        help="Which task's delta to make of a checkpoint for several, from 0.",
+        show_default="the only one",
+    ),
+]
+
 
 @contextmanager
 def connected(address: str | None, timeout: float | None = None) -> Iterator["Client"]:

@@ -16,8 +16,13 @@ Bases = Mapping[str, torch.Tensor]
 def content_key(tensor: torch.Tensor) -> str:
     """SHA-256 over dtype, shape and bytes of a host tensor, in hexadecimal."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    found.update(octets(tensor))
     return found.hexdigest()
+
+
+def octets(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a host tensor in its order; no copy where it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class Owners:

@@ -39,6 +39,10 @@ class Task(StrEnum):
     EMBEDDING = "embedding"
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+"""What the outputs of a head with labels mean, in transformers' words."""
+
+
 class Pooling(StrEnum):
     """How rows become one vector, or which row a head reads."""
 
@@ -89,6 +93,10 @@ class HeadSpec:
     layers: tuple[tuple[str, str | None], ...] = (("", None),)
     outputs: int | None = None
     base: str | None = None
+
+    def read(self, prompted: bool) -> Pooling:
+        """What it reads. Given embeddings instead of ids, transformers' decoder classifiers cannot see padding."""
+        return Pooling.LAST if self.pooling is Pooling.LAST_REAL and prompted else self.pooling
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from deltaserve.deltas.bases import octets
 from deltaserve.deltas.primitives import Affine, Dense, SitePrimitive
 from deltaserve.deltas.sites import Site, Weights
 
@@ -34,11 +35,6 @@ class Weighed:
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 over the bytes of a host tensor, in hexadecimal."""
     return hashlib.sha256(octets(tensor)).hexdigest()
-
-
-def octets(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a host tensor in its order; no copy where it is contiguous."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def needs_bias(site: Site, primitive: SitePrimitive) -> bool:

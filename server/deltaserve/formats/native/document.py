@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaserve.deltas.delta import Provenance
-from deltaserve.deltas.sites import Pooling, Task
+from deltaserve.deltas.sites import PROBLEM_TYPES, Pooling, Task
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.native.record import KEY, VERSION, Record, fields, flag, integer, listed, shown, text
 from deltaserve.formats.peft import KINDS
@@ -15,7 +15,6 @@ KEYS = (
     *(KEY, "backbone", "family", "kinds", "task", "labels", "problem_type", "pooling", "position_shift"),
     *("invocation", "task_id", "token_types", "made_from", "weights", "bases", "prompt", "head", "at"),
 )
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _MADE_FROM = ("format", "content_hash", "file_bytes", "tensors_matched", "base_model", "warnings", "guessed")
 _LONGEST = 10_000
 _MOST_BYTES = 1 << 60
@@ -63,7 +62,7 @@ def read(config: Mapping[str, Any]) -> Document:
         kinds=_kinds(config["kinds"]),
         task=Task(_word(config["task"], "config key 'task'", tuple(Task))),
         labels=listed(config["labels"], "config key 'labels'", lambda value, place: text(value, place, 256)),
-        problem_type=_word(config["problem_type"], "config key 'problem_type'", (*PROBLEMS, None)),
+        problem_type=_word(config["problem_type"], "config key 'problem_type'", (*PROBLEM_TYPES, None)),
         pooling=None
         if config["pooling"] is None
         else Pooling(_word(config["pooling"], "config key 'pooling'", tuple(Pooling))),

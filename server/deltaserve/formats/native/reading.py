@@ -10,7 +10,7 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.native import document, fit, record
 from deltaserve.formats.native.document import Document
-from deltaserve.formats.native.wanting import as_wanted, labelled, pooling_of
+from deltaserve.formats.native.wanting import as_wanted, labelled
 from deltaserve.formats.peft.heads import CLASSIFIES
 from deltaserve.formats.wanted import Wanted
 from deltaserve.formats.weighed import Weighed, digest
@@ -142,7 +142,8 @@ def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
         raise BadCheckpoint(f"config key 'labels' has {len(delta.labels)} entries; the head has {width} labels")
     if (delta.problem_type is None) != (width == 0):
         raise BadCheckpoint("config key 'problem_type' goes with a head's labels, and only with them")
-    expected = pooling_of(delta.task, delta.head, delta.prompt is not None, backbone)
+    head = None if delta.head is None else backbone.heads[delta.task]
+    expected = None if head is None else head.read(delta.prompt is not None)
     if delta.pooling is not expected:
         raise BadCheckpoint(f"config key 'pooling' is {delta.pooling}; for this task and family it is {expected}")
     if not delta.at and delta.prompt is None and delta.head is None:

@@ -3,10 +3,9 @@
 import dataclasses
 
 from deltaserve.deltas.delta import Delta
-from deltaserve.deltas.primitives import Head
-from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
-from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
-from deltaserve.formats.peft.heads import CLASSIFIES
+from deltaserve.deltas.sites import BackboneSpec, Task
+from deltaserve.errors import BadCheckpoint, InvalidArgument
+from deltaserve.formats.peft.heads import CLASSIFIES, head_of
 from deltaserve.formats.wanted import Wanted
 
 
@@ -43,35 +42,18 @@ def labelled(delta: Delta, backbone: BackboneSpec) -> int:
     return delta.head.width
 
 
-def pooling_of(task: Task, head: Head | None, prompted: bool, backbone: BackboneSpec) -> Pooling | None:
-    """What a head reads. Given embeddings instead of ids, transformers' decoder classifiers cannot see padding."""
-    if head is None:
-        return None
-    usual = backbone.heads[task].pooling
-    return Pooling.LAST if usual is Pooling.LAST_REAL and prompted else usual
-
-
 def _for_task(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
     """A head goes with tasks whose head has the same name and layers here; other tasks leave it out."""
     if task not in CLASSIFIES:
         return dataclasses.replace(delta, task=task) if delta.head is None else _without_head(delta, task, backbone)
-    spec = backbone.heads.get(task)
-    if spec is None:
-        able = ", ".join(sorted(t.value for t in backbone.heads)) or "no head at all"
-        raise FailedPrecondition(
-            f"the delta is for {task.value}, and this {backbone.family} backbone serves {able}",
-            reason="TASK_NOT_SERVED",
-            metadata={"task": task.value},
-        )
+    spec = head_of(task, backbone)
     mine = backbone.heads[delta.task] if delta.head is not None else None
     if mine is None or (mine.module, mine.layers) != (spec.module, spec.layers):
         raise BadCheckpoint(
             f"the delta is for {task.value}, and it holds no head {spec.module!r} for that; load it with the task that "
             "it was made for"
         )
-    return dataclasses.replace(
-        delta, task=task, pooling=pooling_of(task, delta.head, delta.prompt is not None, backbone)
-    )
+    return dataclasses.replace(delta, task=task, pooling=spec.read(delta.prompt is not None))
 
 
 def _without_head(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from deltaserve.deltas.bases import content_key
+from deltaserve.deltas.bases import content_key, octets
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.sites import BackboneSpec
 from deltaserve.errors import AlreadyExists, FailedPrecondition
 from deltaserve.formats.folder import MOST_DELTA_BYTES, NATIVE
 from deltaserve.formats.native import document
 from deltaserve.formats.native.record import KEY, VERSION, Part, Record, recorded, viewed
-from deltaserve.formats.weighed import Weighed, digest, needs_bias, octets
+from deltaserve.formats.weighed import Weighed, digest, needs_bias
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 """As safetensors calls them."""

@@ -3,7 +3,7 @@
 import torch
 
 from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer
-from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
+from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.peft import options, ties
 from deltaserve.formats.peft.checkpoint import Checkpoint
@@ -53,17 +53,23 @@ def lower(checkpoint: Checkpoint, draft: Draft, task: Task) -> HeadSpec | None:
     return head
 
 
-def _head_spec(checkpoint: Checkpoint, task: Task) -> HeadSpec | None:
-    if task not in CLASSIFIES:
-        return None
-    head = checkpoint.backbone.heads.get(task)
+def head_of(task: Task, backbone: BackboneSpec) -> HeadSpec:
+    """The head of a task that has one. Raises FailedPrecondition where this backbone serves none for it."""
+    head = backbone.heads.get(task)
     if head is None:
-        able = ", ".join(sorted(t.value for t in checkpoint.backbone.heads)) or "no head at all"
+        able = ", ".join(sorted(t.value for t in backbone.heads)) or "no head at all"
         raise FailedPrecondition(
-            f"the delta is for {task.value}, and this {checkpoint.backbone.family} backbone serves {able}",
+            f"the delta is for {task.value}, and this {backbone.family} backbone serves {able}",
             reason="TASK_NOT_SERVED",
             metadata={"task": task.value},
         )
+    return head
+
+
+def _head_spec(checkpoint: Checkpoint, task: Task) -> HeadSpec | None:
+    if task not in CLASSIFIES:
+        return None
+    head = head_of(task, checkpoint.backbone)
     if not checkpoint.below(head.module):
         raise BadCheckpoint(
             f"the delta is for {task.value}, and the checkpoint has no tensors of its head {head.module!r}; "

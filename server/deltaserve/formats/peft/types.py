@@ -8,7 +8,7 @@ import torch
 
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import LowRank, tensors
-from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Weights
+from deltaserve.deltas.sites import PROBLEM_TYPES, BackboneSpec, HeadSpec, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 from deltaserve.formats.folder import Folder
 from deltaserve.formats.peft import (
@@ -144,7 +144,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         prompt=draft.prompt,
         position_shift=draft.position_shift,
         head=draft.head,
-        pooling=_pooling(head, draft),
+        pooling=None if head is None else head.read(draft.prompt is not None),
         labels=labels,
         problem_type=problem,
         task_id=draft.task_id,
@@ -196,13 +196,6 @@ def _type(config: Mapping[str, Any]) -> Type:
     return row
 
 
-def _pooling(head: HeadSpec | None, draft: Draft) -> Pooling | None:
-    """What the head reads. Given embeddings instead of ids, transformers' decoder classifiers cannot see padding."""
-    if head is None:
-        return None
-    return Pooling.LAST if head.pooling is Pooling.LAST_REAL and draft.prompt is not None else head.pooling
-
-
 def _labels(
     checkpoint: Checkpoint, draft: Draft, head: HeadSpec | None
 ) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
@@ -226,13 +219,10 @@ def _labels(
         labels = tuple(f"LABEL_{i}" for i in range(width))
         guessed.append("labels")
     problem = wanted.problem_type or model.get("problem_type")
-    if problem not in _PROBLEMS:
+    if problem not in PROBLEM_TYPES:
         problem = "regression" if width == 1 else "single_label_classification"
         guessed.append("problem_type")
     return labels, str(problem), tuple(guessed)
-
-
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def _named(model: Mapping[str, Any], width: int) -> tuple[str, ...]:
