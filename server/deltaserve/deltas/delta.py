@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from deltaserve.deltas.adapters import Coupling
 from deltaserve.deltas.bases import Bases, Owners, same_view
 from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
@@ -39,7 +40,7 @@ class Delta:
     `single_label_classification` or `multi_label_classification`. With an `invocation` it acts from the start of the
     last occurrence of these tokens on, and nowhere where they do not occur. `task_id` is which of its checkpoint's
     tasks it is for, None where the method knows no tasks. `token_types`: whether its head's task is told the segments
-    of a pair.
+    of a pair. `coupling`: what acts on every embedded row of the input.
 
     `bases` are frozen tensors that other deltas may have too, by `content_key`. A primitive's tensor whose memory lies
     in one of them is a view of it, has unit stride in its last dimension, and is stored and counted with the base.
@@ -58,6 +59,7 @@ class Delta:
     invocation: tuple[int, ...] = ()
     task_id: int | None = None
     token_types: bool = True
+    coupling: Coupling | None = None
     bases: Bases = field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -65,10 +67,9 @@ class Delta:
         for primitives in self.at.values():
             for primitive in primitives:
                 yield from (t for t in tensors(primitive) if self.owners.base_of(t) is None)
-        if self.prompt is not None:
-            yield from tensors(self.prompt)
-        if self.head is not None:
-            yield from tensors(self.head)
+        for part in (self.prompt, self.head, self.coupling):
+            if part is not None:
+                yield from tensors(part)
 
     @cached_property
     def owners(self) -> Owners:
@@ -105,12 +106,18 @@ def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor], bases: Base
         key = delta.owners.base_of(tensor)
         return fn(tensor) if key is None else same_view(tensor, delta.bases[key], copies[key])
 
-    def one(primitive: T) -> T:
-        fields = {f.name: getattr(primitive, f.name) for f in dataclasses.fields(primitive)}  # type: ignore[arg-type]
-        changed: dict[str, Any] = {k: moved(v) for k, v in fields.items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(primitive, **changed)  # type: ignore[type-var]
+    def one(part: T) -> T:
+        """A copy of a dataclass; whatever stands in its fields, and in those of their fields, in turn."""
+        changed = {f.name: each(getattr(part, f.name)) for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+        return dataclasses.replace(part, **changed)  # type: ignore[type-var]
 
-    at = {name: tuple(one(p) for p in primitives) for name, primitives in delta.at.items()}
-    prompt = None if delta.prompt is None else one(delta.prompt)
-    head = None if delta.head is None else Head(tuple(one(layer) for layer in delta.head.layers))
-    return dataclasses.replace(delta, at=at, prompt=prompt, head=head, bases=copies)
+    def each(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return moved(value)
+        if isinstance(value, tuple):
+            return tuple(each(entry) for entry in value)
+        return one(value) if dataclasses.is_dataclass(value) else value
+
+    at = {name: each(primitives) for name, primitives in delta.at.items()}
+    parts = {"prompt": each(delta.prompt), "head": each(delta.head), "coupling": each(delta.coupling)}
+    return dataclasses.replace(delta, at=at, bases=copies, **parts)

@@ -5,12 +5,17 @@ file. Rows x are [rows, in], outputs y are [rows, out]. Products and sums are ta
 of a site.
 
 At one linear the order is fixed: x′ = Block_in(x); u = x′ ⊙ in_scale; y = W u + b; Dense, LowRank and Sparse are
-computed from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift.
+computed from u and added; Rows replace outputs; y = Block_out(y); y = y ⊙ scale + shift; then the adapters (see
+`adapters`), in turn.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from deltaserve.deltas.adapters import Adapter, Coupling, Gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +95,8 @@ class Prefix:
 
     keys, values [n, kv_heads, head_dim], raw: neither rotated nor normed. With T5's relative bias, prefix row p has
     relative position p − i + pre for query i, token j has j − i + tok; `biased` False: this layer adds no bias at all.
-    Prefix-tuning (arXiv 2101.00190).
+    There may be no rows at all. A `gate`, read from what the attention module gets, multiplies the keys by its first
+    number and the values by its last. Prefix-tuning (arXiv 2101.00190).
     """
 
     keys: torch.Tensor
@@ -98,13 +104,19 @@ class Prefix:
     pre: int = 0
     tok: int = 0
     biased: bool = True
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt:
-    """Rows [n, hidden] put before the token embeddings of the input. Prompt tuning (arXiv 2104.08691)."""
+    """Rows [n, hidden] put before the token embeddings of the input. Prompt tuning (arXiv 2104.08691).
+
+    With `place` they stand in what the embedding module gives, behind so many of the input's rows, untouched by
+    position embeddings and norm; the positions of all tokens stay.
+    """
 
     rows: torch.Tensor
+    place: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,25 +139,20 @@ class Head:
         return int(self.layers[-1].weight.shape[0])
 
 
-SitePrimitive = LowRank | Affine | Block | Dense | Sparse | Rows | Prefix
+SitePrimitive = LowRank | Affine | Block | Dense | Sparse | Rows | Prefix | Adapter
 
 
-def tensors(primitive: SitePrimitive | SoftPrompt | Head) -> tuple[torch.Tensor, ...]:
-    """Every tensor a primitive holds, in a fixed order."""
-    match primitive:
-        case LowRank(a, b, _, inner, outer):
-            return tuple(t for t in (a, b, inner, outer) if t is not None)
-        case Affine(in_scale, scale, shift):
-            return tuple(t for t in (in_scale, scale, shift) if t is not None)
-        case Block(blocks):
-            return (blocks,)
-        case Sparse(index, values) | Rows(index, values):
-            return (index, values)
-        case Dense(weight, bias):
-            return (weight,) if bias is None else (weight, bias)
-        case Prefix(keys, values):
-            return (keys, values)
-        case SoftPrompt(rows):
-            return (rows,)
-        case Head(layers):
-            return tuple(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)
+def tensors(part: SitePrimitive | SoftPrompt | Head | Coupling) -> tuple[torch.Tensor, ...]:
+    """Every tensor a part of a delta holds, in the order of its fields."""
+    return tuple(_tensors(part))
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))

@@ -99,6 +99,33 @@ class HeadSpec:
         return Pooling.LAST if self.pooling is Pooling.LAST_REAL and prompted else self.pooling
 
 
+class Part(StrEnum):
+    """What a sublayer is."""
+
+    ATTENTION = "attention"
+    CROSS_ATTENTION = "cross_attention"
+    FEED_FORWARD = "feed_forward"
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual step of a layer: r + last(… first(norm(r)) …), or with `post` norm(r + last(… first(r) …)).
+
+    `first` names the sites that the sublayer's input goes to, `last` the one whose output is added to the stream,
+    `norm` the norm that stands before or behind. `sandwich`: the norm between `last` and the sum (Gemma2, Gemma3).
+    `layer` counts through a whole backbone: an encoder-decoder's decoder goes on where its encoder ends.
+    """
+
+    layer: int
+    part: Part
+    first: tuple[str, ...]
+    last: str
+    norm: str
+    post: bool
+    decoder: bool = False
+    sandwich: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class BackboneSpec:
     """A backbone as a format sees it.
@@ -111,7 +138,9 @@ class BackboneSpec:
     `prefix_positions`: whether a prefix shifts the positions of real tokens. `prefix_pre`: relative position of prefix
     row p for query i is p − i + prefix_pre · n. `input_embedding`: the site that looks tokens up; `tied`: the other
     sites that have its weight. `first_position`: of a sequence's first row (RoBERTa begins behind its pad id).
-    `max_positions`: rows of one sequence at most, or None where positions are relative.
+    `max_positions`: rows of one sequence at most, or None where positions are relative. `sublayers`: every one, in the
+    order of a forward; none where a family's layers are built otherwise (a parallel residual): adapters that need more
+    than a site's own output are refused there.
     """
 
     name: str
@@ -131,3 +160,4 @@ class BackboneSpec:
     tied: tuple[str, ...] = ()
     first_position: int = 0
     max_positions: int | None = None
+    sublayers: tuple[Sublayer, ...] = ()
