@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from deltaserve.deltas.sites import Axis, HeadSpec, Pooling, Task
+from deltaserve.deltas.sites import Axis, HeadSpec, Part, Pooling, Task
 from deltaserve.errors import FailedPrecondition
 
 
@@ -31,6 +31,21 @@ class AttentionRow:
 
 
 @dataclass(frozen=True)
+class SublayerRow:
+    """Sublayers of one kind, one in each layer of a stack: names of modules, with `{}` where the layer's number stands.
+
+    Of `first` those count that a model has (T5 is gated or not). See `deltas.sites.Sublayer`.
+    """
+
+    part: Part
+    first: tuple[str, ...]
+    last: str
+    norm: str
+    sandwich: str | None = None
+    decoder: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of the table.
 
@@ -40,8 +55,9 @@ class Family:
     `head_dim` names the attribute of an attention module. `prefix_axis`: whose attentions prefix-tuning fills, or None
     where transformers' code takes no keys and values from outside. `prefix_pre`: see BackboneSpec.
     `pooler`: module that makes the pooled row, or None. By the model's config: `averages`: whether a sequence's pooler
-    reads the mean of its rows instead of the first; `first_position`: of a text, where that is not 0; `objection`: why
-    a model of this type is not served after all, or None.
+    reads the mean of its rows instead of the first; `first_position`: of a text, where that is not 0; `post_norm`:
+    whether its norms stand behind their sublayers; `objection`: why a model of this type is not served after all, or
+    None. `sublayers`: those of one layer in the order of a forward, none where they do not follow one another.
     """
 
     name: str
@@ -61,6 +77,8 @@ class Family:
     prefix_pre: int = 0
     absolute_positions: bool = True
     pooler: str | None = None
+    sublayers: tuple[SublayerRow, ...] = ()
+    post_norm: Callable[[Any], bool] = lambda _: False
     averages: Callable[[Any], bool] = lambda _: False
     first_position: Callable[[Any], int] = lambda _: 0
     objection: Callable[[Any], str | None] = lambda _: None
@@ -68,6 +86,67 @@ class Family:
 
 _ALL_JOBS = frozenset({"generate", "classify", "embed", "score"})
 _SAMPLED = ((r"lm_head", Axis.SAMPLED),)
+
+
+_LAYER = "model.layers.{}."
+
+
+def _attention(
+    layer: str,
+    *first: str,
+    last: str,
+    norm: str,
+    sandwich: str | None = None,
+    part: Part = Part.ATTENTION,
+    decoder: bool = False,
+) -> SublayerRow:
+    """A sublayer whose modules' names all begin with `layer`."""
+    own = None if sandwich is None else layer + sandwich
+    return SublayerRow(part, tuple(layer + name for name in first), layer + last, layer + norm, own, decoder)
+
+
+def _feed_forward(layer: str, *first: str, last: str, norm: str, **known: Any) -> SublayerRow:
+    return _attention(layer, *first, last=last, norm=norm, part=Part.FEED_FORWARD, **known)
+
+
+_LLAMA_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LLAMA_FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj")
+_LLAMA_SUBLAYERS = (
+    _attention(_LAYER, *_LLAMA_ATTENTION, last="self_attn.o_proj", norm="input_layernorm"),
+    _feed_forward(_LAYER, *_LLAMA_FEED_FORWARD, last="mlp.down_proj", norm="post_attention_layernorm"),
+)
+_SANDWICHED = (
+    _attention(
+        _LAYER,
+        *_LLAMA_ATTENTION,
+        last="self_attn.o_proj",
+        norm="input_layernorm",
+        sandwich="post_attention_layernorm",
+    ),
+    _feed_forward(
+        _LAYER,
+        *_LLAMA_FEED_FORWARD,
+        last="mlp.down_proj",
+        norm="pre_feedforward_layernorm",
+        sandwich="post_feedforward_layernorm",
+    ),
+)
+
+
+def _t5_stack(stack: str) -> tuple[SublayerRow, ...]:
+    decoder = stack == "decoder"
+    block, last = stack + ".block.{}.layer.", 2 if decoder else 1
+    own = [f"SelfAttention.{name}" for name in "qkv"]
+    feeding = [f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1")]
+    rows = [_attention(block + "0.", *own, last="SelfAttention.o", norm="layer_norm", decoder=decoder)]
+    if decoder:
+        # Its keys and values are made of the encoder's rows.
+        cross: dict[str, Any] = {"part": Part.CROSS_ATTENTION, "decoder": True}
+        rows.append(_attention(block + "1.", "EncDecAttention.q", last="EncDecAttention.o", norm="layer_norm", **cross))
+    rows.append(
+        _feed_forward(block + f"{last}.", *feeding, last="DenseReluDense.wo", norm="layer_norm", decoder=decoder)
+    )
+    return tuple(rows)
 
 
 def _spans(base: str | None = None) -> HeadSpec:
@@ -96,12 +175,15 @@ def _decoder(
         "prefix": "model",
         "axes": _SAMPLED,
         "heads": heads,
+        "sublayers": _LLAMA_SUBLAYERS,
     }
     return Family(name=name, model_types=model_types or (name,), **(row | changes))
 
 
 def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
     """An encoder built like BERT; `head` is that of its sequence classifier."""
+    layer = name + ".encoder.layer.{}."
+    attention = [f"attention.self.{word}" for word in ("query", "key", "value")]
     return Family(
         name=name,
         model_types=(name,),
@@ -122,6 +204,11 @@ def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
             Task.MULTIPLE_CHOICE: HeadSpec("classifier", Pooling.POOLER, outputs=1),
         },
         pooler=f"{name}.pooler",
+        sublayers=(
+            _attention(layer, *attention, last="attention.output.dense", norm="attention.output.LayerNorm"),
+            _feed_forward(layer, "intermediate.dense", last="output.dense", norm="output.LayerNorm"),
+        ),
+        post_norm=lambda _: True,
         **changes,
     )
 
@@ -154,6 +241,7 @@ FAMILIES: tuple[Family, ...] = (
         prefix_positions=False,
         prefix_pre=-1,
         absolute_positions=False,
+        sublayers=_t5_stack("encoder") + _t5_stack("decoder"),
     ),
     _encoder("bert", HeadSpec("classifier", Pooling.POOLER)),
     _encoder(
@@ -181,6 +269,10 @@ FAMILIES: tuple[Family, ...] = (
         },
         prefix_axis=None,
         pooler="head",
+        sublayers=(
+            _attention(_LAYER, "attn.Wqkv", last="attn.Wo", norm="attn_norm"),
+            _feed_forward(_LAYER, "mlp.Wi", last="mlp.Wo", norm="mlp_norm"),
+        ),
         averages=lambda config: config.classifier_pooling == "mean",
     ),
     _decoder(
@@ -189,20 +281,40 @@ FAMILIES: tuple[Family, ...] = (
         spans=_spans(),
         attentions=(AttentionRow(r"transformer\.h\.\d+\.attn", Axis.TOKENS, causal=True, cached=True),),
         prefix="transformer",
+        sublayers=(
+            _attention("transformer.h.{}.", "attn.c_attn", last="attn.c_proj", norm="ln_1"),
+            _feed_forward("transformer.h.{}.", "mlp.c_fc", last="mlp.c_proj", norm="ln_2"),
+        ),
     ),
     _decoder("llama", spans=_spans("transformer")),
     _decoder("mistral", spans=_spans()),
     _decoder("qwen2", spans=_spans("transformer")),
     _decoder("qwen3", spans=_spans("transformer")),
     _decoder("gemma"),
-    _decoder("gemma2"),
-    _decoder("gemma3", "gemma3_text", labels=None),
-    _decoder("phi3"),
+    _decoder("gemma2", sublayers=_SANDWICHED),
+    _decoder("gemma3", "gemma3_text", labels=None, sublayers=_SANDWICHED),
+    _decoder(
+        "phi3",
+        sublayers=(
+            _attention(_LAYER, "self_attn.qkv_proj", last="self_attn.o_proj", norm="input_layernorm"),
+            _feed_forward(_LAYER, "mlp.gate_up_proj", last="mlp.down_proj", norm="post_attention_layernorm"),
+        ),
+    ),
     _decoder(
         "opt",
         labels=None,
         spans=_spans(),
         attentions=(AttentionRow(r"model\.decoder\.layers\.\d+\.self_attn", Axis.TOKENS, causal=True, cached=True),),
+        sublayers=(
+            _attention(
+                "model.decoder.layers.{}.",
+                *_LLAMA_ATTENTION,
+                last="self_attn.out_proj",
+                norm="self_attn_layer_norm",
+            ),
+            _feed_forward("model.decoder.layers.{}.", "fc1", last="fc2", norm="final_layer_norm"),
+        ),
+        post_norm=lambda config: not config.do_layer_norm_before,
         objection=_projected,
     ),
     _decoder(
@@ -212,6 +324,7 @@ FAMILIES: tuple[Family, ...] = (
         attentions=(AttentionRow(r"gpt_neox\.layers\.\d+\.attention", Axis.TOKENS, causal=True, cached=True),),
         head_dim="head_size",
         prefix="gpt_neox",
+        sublayers=(),
     ),
 )
 

@@ -1,6 +1,8 @@
 """Finds the sites of a transformers model: what a BackboneSpec says of it."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaserve.backbone.families import Family
-from deltaserve.deltas.sites import THROUGH_POOLER, Axis, BackboneSpec, HeadSpec, Pooling, Site, SiteType, Task
+from deltaserve.deltas.sites import (
+    THROUGH_POOLER,
+    Axis,
+    BackboneSpec,
+    HeadSpec,
+    Pooling,
+    Site,
+    SiteType,
+    Sublayer,
+    Task,
+)
 
 
 def named_modules(family: Family, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -62,7 +74,31 @@ def spec(name: str, family: Family, model: PreTrainedModel, has_pooler: bool) ->
         tied=tuple(path for path in alike if path != embedding),
         first_position=first,
         max_positions=None if limit is None else int(limit) - first,
+        sublayers=tuple(_sublayers(family, config, modules)),
     )
+
+
+def _sublayers(family: Family, config: object, modules: dict[str, torch.nn.Module]) -> Iterator[Sublayer]:
+    """An encoder's, then a decoder's, whose layers are counted on."""
+    post, layer = family.post_norm(config), 0
+    for decoder in (False, True):
+        rows = [row for row in family.sublayers if row.decoder is decoder]
+        for number in itertools.count():
+            here = [row for row in rows if row.last.format(number) in modules]
+            if not here:
+                break
+            for row in here:
+                yield Sublayer(
+                    layer=layer,
+                    part=row.part,
+                    first=tuple(name.format(number) for name in row.first if name.format(number) in modules),
+                    last=row.last.format(number),
+                    norm=row.norm.format(number),
+                    post=post,
+                    decoder=decoder,
+                    sandwich=None if row.sandwich is None else row.sandwich.format(number),
+                )
+            layer += 1
 
 
 def _heads(family: Family, config: object) -> dict[Task, HeadSpec]:

@@ -112,8 +112,9 @@ class Sublayer:
     """One residual step of a layer: r + last(… first(norm(r)) …), or with `post` norm(r + last(… first(r) …)).
 
     `first` names the sites that the sublayer's input goes to, `last` the one whose output is added to the stream,
-    `norm` the norm that stands before or behind. `sandwich`: the norm between `last` and the sum (Gemma2, Gemma3).
-    `layer` counts through a whole backbone: an encoder-decoder's decoder goes on where its encoder ends.
+    `norm` the norm that stands before or behind (ModernBERT's first is an Identity, and no site). `sandwich`: the norm
+    between `last` and the sum (Gemma2, Gemma3). `layer` counts through a whole backbone: an encoder-decoder's decoder
+    goes on where its encoder ends.
     """
 
     layer: int
