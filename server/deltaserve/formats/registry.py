@@ -10,14 +10,12 @@ from deltaserve.errors import BadCheckpoint
 from deltaserve.formats import folder as files
 from deltaserve.formats import native, peft
 from deltaserve.formats.folder import Folder, Layout
+from deltaserve.formats.kinds import KINDS
 from deltaserve.formats.native.record import KEY as NATIVE_KEY
 from deltaserve.formats.wanted import NOTHING_WANTED, Wanted
 from deltaserve.formats.work import UNLIMITED, Work
 
 __all__ = ["KINDS", "Wanted", "content_hash", "read"]
-
-KINDS: tuple[str, ...] = peft.KINDS
-"""Kinds of deltas that this release serves."""
 
 
 @dataclass(frozen=True)

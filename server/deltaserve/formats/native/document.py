@@ -7,8 +7,8 @@ from typing import Any
 from deltaserve.deltas.delta import Provenance
 from deltaserve.deltas.sites import PROBLEM_TYPES, Pooling, Task
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.kinds import KINDS
 from deltaserve.formats.native.record import KEY, VERSION, Record, fields, flag, integer, listed, shown, text
-from deltaserve.formats.peft import KINDS
 from deltaserve.formats.peft.invocation import LONGEST
 
 KEYS = (

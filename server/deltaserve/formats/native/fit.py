@@ -20,7 +20,7 @@ from deltaserve.deltas.primitives import (
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Site, SiteType
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.native.record import Part
-from deltaserve.formats.peft.types import fits
+from deltaserve.formats.numbers import fits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INDEX = (torch.int32,)

@@ -8,10 +8,10 @@ from deltaserve.deltas.primitives import Head, Prefix, SitePrimitive, tensors
 from deltaserve.deltas.sites import BackboneSpec, SiteType, Weights
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
+from deltaserve.formats.heads import CLASSIFIES
 from deltaserve.formats.native import document, fit, record
 from deltaserve.formats.native.document import Document
 from deltaserve.formats.native.wanting import as_wanted, labelled
-from deltaserve.formats.peft.heads import CLASSIFIES
 from deltaserve.formats.wanted import Wanted
 from deltaserve.formats.weighed import Weighed, digest
 from deltaserve.formats.work import Work

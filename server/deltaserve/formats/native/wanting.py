@@ -5,7 +5,7 @@ import dataclasses
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.sites import BackboneSpec, Task
 from deltaserve.errors import BadCheckpoint, InvalidArgument
-from deltaserve.formats.peft.heads import CLASSIFIES, head_of
+from deltaserve.formats.heads import CLASSIFIES, head_of
 from deltaserve.formats.wanted import Wanted
 
 

@@ -3,21 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Pooling, Task
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.peft.options import shown
+from deltaserve.formats.ledger import Ledger
+from deltaserve.formats.options import shown
 from deltaserve.formats.wanted import Wanted
 from deltaserve.formats.work import UNLIMITED, Work
 
-SHOWN = 5
-"""Names in one message."""
-LONGEST = 500
-"""Characters of the names in one message."""
-
-_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 _HEADED = {
     "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
     "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
@@ -27,7 +20,7 @@ _HEADLESS = frozenset({*_HEADED, "FEATURE_EXTRACTION"})
 """Tasks whose classes have no lm_head."""
 
 
-class Checkpoint:
+class Checkpoint(Ledger):
     """`config` and tensors; names of modules are canonical (those of the backbone's sites) everywhere outside.
 
     `dotted` lists what PEFT may have put before the module path of a tensor, the longest first.
@@ -47,19 +40,7 @@ class Checkpoint:
         self.wanted = wanted
         self.folder = folder
         self.work = work
-        self.warnings: list[str] = []
-        """What the operator should know; see `warn`."""
-        self.taken = 0
-        self._tensors = folder.tensors()
-        self._left: dict[str, str] = {}
-        for name in self._tensors.names():
-            start = next((start for start in dotted if name.startswith(start)), None)
-            if start is None:
-                raise BadCheckpoint(
-                    f"tensor {shown(name)} does not begin with {dotted[0]!r} as PEFT's do",
-                    metadata={"tensor": shown(name)},
-                )
-            self._left[name.removeprefix(start)] = name
+        super().__init__(folder.tensors(), lambda name: _stripped(name, dotted))
         start = backbone.prefix + "."
         self._children = {
             name.removeprefix(start).partition(".")[0] for name in backbone.modules if name.startswith(start)
@@ -96,61 +77,6 @@ class Checkpoint:
             return module
         return ".".join(part for part in (self._base, module.removeprefix(start)) if part)
 
-    def has(self, name: str) -> bool:
-        """Whether a tensor is there that nobody has taken."""
-        return name in self._left
-
-    def below(self, module: str) -> tuple[str, ...]:
-        """Tensors left at a module or below."""
-        return tuple(name for name in self._left if name.startswith(module + "."))
-
-    def warn(self, text: str) -> None:
-        """Adds a warning, once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor [shape], contiguous, in its file's dtype (float64 as float32). Raises BadCheckpoint."""
-        tensor = self._take(name, shape)
-        if tensor.dtype is torch.float64:
-            tensor = tensor.float()
-        if tensor.dtype not in _FLOATS:
-            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; a float type is expected")
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadCheckpoint(f"tensor {name!r} holds NaN or infinite numbers", metadata={"tensor": name})
-        return tensor.contiguous()
-
-    def integers(self, name: str, shape: tuple[int, ...], below: int) -> torch.Tensor:
-        """Whole numbers from 0, int64 [shape]. Raises BadCheckpoint."""
-        tensor = self._take(name, shape)
-        if tensor.dtype.is_floating_point or tensor.dtype is torch.bool:
-            raise BadCheckpoint(f"tensor {name!r} is of type {tensor.dtype}; whole numbers are expected")
-        tensor = tensor.long().contiguous()
-        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= below):
-            raise BadCheckpoint(f"tensor {name!r} holds numbers that are not from 0 to {below - 1}")
-        return tensor
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._left:
-            raise BadCheckpoint(f"tensor {name!r} is missing; its module is targeted", metadata={"tensor": name})
-        found = self.shape(name)
-        if found != shape:
-            raise BadCheckpoint(
-                f"tensor {name!r} has shape {shown(list(found))}; this backbone and the config make it {list(shape)}",
-                metadata={"tensor": name, "shape": shown(list(found)), "expected": str(list(shape))},
-            )
-        self.taken += 1
-        return self._tensors.get(self._left.pop(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that is left, without reading it."""
-        return self._tensors.shape(self._left[name])
-
-    def drop(self, name: str) -> None:
-        """Takes a tensor that is a copy of what the backbone or another tensor holds."""
-        del self._left[name]
-        self.taken += 1
-
     def may_lack(self, module: str) -> bool:
         """Whether the class that was trained may not have had this module, and the checkpoint has nothing for it."""
         top = module.removeprefix(self.backbone.prefix + ".").partition(".")[0]
@@ -163,17 +89,6 @@ class Checkpoint:
         else:
             absent = False
         return absent and not self.below(module)
-
-    def finish(self) -> None:
-        """Raises BadCheckpoint if a tensor found no place."""
-        if self._left:
-            names = sorted(self._left)
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise BadCheckpoint(
-                f"no place in this backbone or in the config for {', '.join(names[:SHOWN])[:LONGEST]}{more}",
-                reason="TENSORS_LEFT_OVER",
-                metadata={"tensors": ",".join(names[:SHOWN])[:LONGEST], "count": str(len(names))},
-            )
 
     def _trained_head(self) -> HeadSpec | None:
         """The head of the class that was trained, as far as the config or the operator says which that was."""
@@ -201,3 +116,12 @@ class Checkpoint:
         theirs, ours = (text.rstrip("/").rpartition("/")[2].lower() for text in (base, self.backbone.name))
         if theirs != ours:
             self.warn(f"made for {base[:200]!r}; this backbone is {self.backbone.name!r}")
+
+
+def _stripped(name: str, dotted: tuple[str, ...]) -> str:
+    start = next((start for start in dotted if name.startswith(start)), None)
+    if start is None:
+        raise BadCheckpoint(
+            f"tensor {shown(name)} does not begin with {dotted[0]!r} as PEFT's do", metadata={"tensor": shown(name)}
+        )
+    return name.removeprefix(start)

@@ -6,8 +6,8 @@ A type that is not here costs nothing but reading its tensors.
 from collections.abc import Callable, Mapping
 
 from deltaserve.errors import FailedPrecondition
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import WEIGHTS, Target, targets
 from deltaserve.formats.peft.wavelets import FILTERS
 from deltaserve.formats.speed import Cost, fourier, product, qr, shuffle, solve, svd, sweep

@@ -3,11 +3,12 @@
 import torch
 
 from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer
-from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Site, SiteType, Task
+from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.formats.draft import Draft
+from deltaserve.formats.heads import CLASSIFIES, GUESSED, head_of
 from deltaserve.formats.peft import options, ties
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 
 _TASKS = {
     "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
@@ -17,9 +18,6 @@ _TASKS = {
     "SEQ_2_SEQ_LM": Task.GENERATION,
     "FEATURE_EXTRACTION": Task.EMBEDDING,
 }
-GUESSED = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
-"""By their heads, in this order. One of multiple choice is also one of regression: it must be said."""
-CLASSIFIES = (*GUESSED, Task.MULTIPLE_CHOICE)
 
 
 def task_of(checkpoint: Checkpoint) -> tuple[Task, bool]:
@@ -50,19 +48,6 @@ def lower(checkpoint: Checkpoint, draft: Draft, task: Task) -> HeadSpec | None:
         draft.kind("head")
     _drop_foreign_heads(checkpoint, head)
     _modules(checkpoint, draft)
-    return head
-
-
-def head_of(task: Task, backbone: BackboneSpec) -> HeadSpec:
-    """The head of a task that has one. Raises FailedPrecondition where this backbone serves none for it."""
-    head = backbone.heads.get(task)
-    if head is None:
-        able = ", ".join(sorted(t.value for t in backbone.heads)) or "no head at all"
-        raise FailedPrecondition(
-            f"the delta is for {task.value}, and this {backbone.family} backbone serves {able}",
-            reason="TASK_NOT_SERVED",
-            metadata={"task": task.value},
-        )
     return head
 
 

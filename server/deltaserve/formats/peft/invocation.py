@@ -5,9 +5,9 @@ from typing import Any
 
 from deltaserve.deltas.sites import SiteType
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options, starts
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import Target
 
 KEY = "alora_invocation_tokens"

@@ -7,9 +7,9 @@ import torch
 
 from deltaserve.deltas.primitives import Affine, LowRank
 from deltaserve.deltas.sites import SiteType, Weights
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import invocation, options, starts, ties, tokens
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.targets import WEIGHTS, Target, biases, own_weight, parameters, targets
 
 OPTIONS = options.Options(

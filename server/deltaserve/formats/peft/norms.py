@@ -2,9 +2,9 @@
 
 from deltaserve.deltas.primitives import Affine
 from deltaserve.deltas.sites import SiteType, Weights
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each
 

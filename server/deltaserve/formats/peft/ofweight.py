@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from deltaserve.deltas.primitives import Affine, Dense, LowRank
 from deltaserve.deltas.sites import Weights
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each, other_biases
 

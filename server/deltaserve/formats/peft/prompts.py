@@ -7,9 +7,9 @@ an MLP or an LSTM, a frozen part or a bounded change is on disk as its result: n
 from deltaserve.deltas.primitives import Prefix, SoftPrompt
 from deltaserve.deltas.sites import Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 
 TENSOR = "prompt_embeddings"
 MOST_ROWS = 1 << 14

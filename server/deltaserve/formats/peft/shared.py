@@ -10,9 +10,9 @@ import torch
 from deltaserve.deltas.primitives import LowRank
 from deltaserve.deltas.sites import Weights
 from deltaserve.errors import FailedPrecondition
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TARGETED, TRAINED
 from deltaserve.formats.peft.targets import Target, each, targets
 

@@ -8,9 +8,10 @@ import torch
 
 from deltaserve.deltas.sites import Site, SiteType, Weights
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.draft import Draft
+from deltaserve.formats.ledger import SHOWN
 from deltaserve.formats.peft import options
-from deltaserve.formats.peft.checkpoint import SHOWN, Checkpoint
-from deltaserve.formats.peft.draft import Draft
+from deltaserve.formats.peft.checkpoint import Checkpoint
 from deltaserve.formats.peft.matching import Patterns, targeted
 
 

@@ -11,9 +11,9 @@ import torch
 from deltaserve.deltas.primitives import Dense
 from deltaserve.deltas.sites import SiteType
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.matching import Patterns
 from deltaserve.formats.peft.targets import Target
 

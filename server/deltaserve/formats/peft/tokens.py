@@ -8,9 +8,9 @@ import torch
 from deltaserve.deltas.primitives import Rows
 from deltaserve.deltas.sites import SiteType, Weights
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.peft import options
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import TRAINED
 
 OPTIONS = options.Options(used=frozenset({"target_modules", "token_indices"}), inert=TRAINED)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from deltaserve.deltas.delta import Delta, Provenance
-from deltaserve.deltas.primitives import LowRank, tensors
-from deltaserve.deltas.sites import PROBLEM_TYPES, BackboneSpec, HeadSpec, Weights
-from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
+from deltaserve.deltas.sites import BackboneSpec, Weights
+from deltaserve.errors import FailedPrecondition
+from deltaserve.formats.draft import Draft
 from deltaserve.formats.folder import Folder
+from deltaserve.formats.heads import outputs_of
+from deltaserve.formats.kinds import ordered
+from deltaserve.formats.numbers import check_numbers
 from deltaserve.formats.peft import (
     costs,
     dense,
@@ -32,7 +33,6 @@ from deltaserve.formats.peft import (
     vectors,
 )
 from deltaserve.formats.peft.checkpoint import Checkpoint
-from deltaserve.formats.peft.draft import Draft
 from deltaserve.formats.peft.options import Options, shown
 from deltaserve.formats.peft.refused import REFUSED
 from deltaserve.formats.wanted import Wanted
@@ -101,21 +101,12 @@ TYPES: Mapping[str, Type] = {
     "CARTRIDGE": Type(prompts.CARTRIDGE_OPTIONS, prompts.lower_prefix, _PROMPT),
 }
 
-KINDS = (
-    *("lora", "dora", "alora", "adalora", "delora", "gralora", "hra", "miss", "vera", "pvera", "vblora"),
-    *("loha", "lokr", "fourierft", "c3a", "hira", "oft", "boft", "road", "shira", "supertuning", "ln-tuning"),
-    *("unilora", "tinylora", "poly", "randlora", "frod", "waveft", "psoft", "osf", "deft", "peanut", "glora"),
-    *("beft", "ia3", "prefix-tuning", "cartridge", "prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning"),
-    *("trainable-tokens", "bias", "head", "selective-module"),
-)
-"""What a delta may say it is: its methods first, what goes with them after."""
-
 
 def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Wanted, work: Work = UNLIMITED) -> Delta:
     """A PEFT checkpoint as a delta for this backbone. Raises BadCheckpoint, FailedPrecondition, InvalidArgument."""
     config = folder.config()
     row = _type(config)
-    row.options.check(config)
+    row.options.check(config, options.COMMON | options.INERT)
     draft = Draft(options.task_id(config, row.tasks, wanted.task_id))
     checkpoint = Checkpoint(folder, config, backbone, wanted, row.dotted, work)
     costs.check(checkpoint)
@@ -123,13 +114,12 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     head = heads.lower(checkpoint, draft, task)
     row.lower(checkpoint, draft, weights)
     checkpoint.finish()
-    _check_numbers(draft)
+    check_numbers(draft)
     if draft.nothing():
         checkpoint.warnings.append("all its numbers are those of a fresh start: it changes nothing")
-    labels, problem, assumed = _labels(checkpoint, draft, head)
+    labels, problem, assumed = outputs_of(draft.head, head, wanted, folder.model_config())
     return Delta(
-        # The method first, what goes with it after.
-        kinds=tuple(sorted(draft.kinds, key=KINDS.index)),
+        kinds=ordered(draft.kinds),
         at=draft.at,
         task=task,
         provenance=Provenance(
@@ -155,29 +145,6 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     )
 
 
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def _check_numbers(draft: Draft) -> None:
-    """Each number of the file is finite; what a lowering makes of them may not be. Raises BadCheckpoint."""
-    for name, primitives in draft.at.items():
-        for primitive in primitives:
-            scaled = not isinstance(primitive, LowRank) or (abs(primitive.scale) <= _LARGEST and fits(primitive))
-            if not scaled or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(primitive)):
-                raise BadCheckpoint(
-                    f"the numbers for {name!r} are finite, and what they come to is not in float32; was the training "
-                    "stable?",
-                    metadata={"module": name},
-                )
-
-
-def fits(part: LowRank) -> bool:
-    """Whether inner times A and outer times B are finite in float32."""
-    scaled = [(matrix, by.double()) for matrix, by in ((part.a, part.inner), (part.b, part.outer)) if by is not None]
-    made = (by @ m.double() if by.ndim == 2 else by * m.abs().amax(1).double() for m, by in scaled)
-    return all(bool((product.abs() <= _LARGEST).all()) for product in made)
-
-
 def _type(config: Mapping[str, Any]) -> Type:
     named = config.get("peft_type")
     row = TYPES.get(named) if isinstance(named, str) else None
@@ -194,41 +161,3 @@ def _type(config: Mapping[str, Any]) -> Type:
             metadata={"peft_type": shown(named), "served": ",".join(TYPES)},
         )
     return row
-
-
-def _labels(
-    checkpoint: Checkpoint, draft: Draft, head: HeadSpec | None
-) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """Labels, problem type, and which of the two were guessed. Spans and choices have neither."""
-    wanted, width = checkpoint.wanted, 0 if draft.head is None else draft.head.width
-    if head is not None and head.outputs is not None:
-        for field in ("labels", "problem_type"):
-            if getattr(wanted, field):
-                raise InvalidArgument(f"{field}: the outputs of the head {head.module!r} are no labels", field=field)
-        return (), None, ()
-    if wanted.labels and len(wanted.labels) != width:
-        raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
-    if not width:
-        if wanted.problem_type:
-            raise InvalidArgument("problem_type is for deltas that have a head", field="problem_type")
-        return (), None, ()
-    model = checkpoint.folder.model_config()
-    guessed: list[str] = []
-    labels = wanted.labels or _named(model, width)
-    if not labels:
-        labels = tuple(f"LABEL_{i}" for i in range(width))
-        guessed.append("labels")
-    problem = wanted.problem_type or model.get("problem_type")
-    if problem not in PROBLEM_TYPES:
-        problem = "regression" if width == 1 else "single_label_classification"
-        guessed.append("problem_type")
-    return labels, str(problem), tuple(guessed)
-
-
-def _named(model: Mapping[str, Any], width: int) -> tuple[str, ...]:
-    """Names from transformers' `id2label`, if it names exactly the head's outputs."""
-    told = model.get("id2label")
-    if not isinstance(told, dict) or len(told) != width:
-        return ()
-    names = tuple(name for i in range(width) if isinstance(name := told.get(str(i)), str))
-    return names if len(names) == width else ()

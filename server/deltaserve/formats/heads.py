@@ -1,0 +1,66 @@
+"""Heads: which a backbone serves for a task, and what their outputs are called."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deltaserve.deltas.primitives import Head
+from deltaserve.deltas.sites import PROBLEM_TYPES, BackboneSpec, HeadSpec, Task
+from deltaserve.errors import FailedPrecondition, InvalidArgument
+from deltaserve.formats.wanted import Wanted
+
+GUESSED = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
+"""By their heads, in this order. One of multiple choice is also one of regression: it must be said."""
+CLASSIFIES = (*GUESSED, Task.MULTIPLE_CHOICE)
+
+
+def head_of(task: Task, backbone: BackboneSpec) -> HeadSpec:
+    """The head of a task that has one. Raises FailedPrecondition where this backbone serves none for it."""
+    head = backbone.heads.get(task)
+    if head is None:
+        able = ", ".join(sorted(t.value for t in backbone.heads)) or "no head at all"
+        raise FailedPrecondition(
+            f"the delta is for {task.value}, and this {backbone.family} backbone serves {able}",
+            reason="TASK_NOT_SERVED",
+            metadata={"task": task.value},
+        )
+    return head
+
+
+def outputs_of(
+    made: Head | None, head: HeadSpec | None, wanted: Wanted, model: Mapping[str, Any]
+) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """Labels, problem type, and which of the two were guessed. Spans and choices have neither.
+
+    `model` is transformers' config of the model that was trained, or an empty one. Raises InvalidArgument.
+    """
+    width = 0 if made is None else made.width
+    if head is not None and head.outputs is not None:
+        for field in ("labels", "problem_type"):
+            if getattr(wanted, field):
+                raise InvalidArgument(f"{field}: the outputs of the head {head.module!r} are no labels", field=field)
+        return (), None, ()
+    if wanted.labels and len(wanted.labels) != width:
+        raise InvalidArgument(f"{len(wanted.labels)} labels for a head of {width} outputs", field="labels")
+    if not width:
+        if wanted.problem_type:
+            raise InvalidArgument("problem_type is for deltas that have a head", field="problem_type")
+        return (), None, ()
+    guessed: list[str] = []
+    labels = wanted.labels or _named(model, width)
+    if not labels:
+        labels = tuple(f"LABEL_{i}" for i in range(width))
+        guessed.append("labels")
+    problem = wanted.problem_type or model.get("problem_type")
+    if problem not in PROBLEM_TYPES:
+        problem = "regression" if width == 1 else "single_label_classification"
+        guessed.append("problem_type")
+    return labels, str(problem), tuple(guessed)
+
+
+def _named(model: Mapping[str, Any], width: int) -> tuple[str, ...]:
+    """Names from transformers' `id2label`, if it names exactly the head's outputs."""
+    told = model.get("id2label")
+    if not isinstance(told, dict) or len(told) != width:
+        return ()
+    names = tuple(name for i in range(width) if isinstance(name := told.get(str(i)), str))
+    return names if len(names) == width else ()
