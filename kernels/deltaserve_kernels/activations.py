@@ -47,6 +47,18 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """Formats map their libraries' names to these (transformers' `swish` is silu, `gelu_new` is gelu_tanh)."""
 
 
+_NAMES = (None, *ACTIVATIONS)
+
+
+def number_of(name: str | None) -> int:
+    """What tables and kernels know an activation by: its place in ACTIVATIONS, from 1; 0 for identity."""
+    return _NAMES.index(name)
+
+
+def name_of(number: int) -> str | None:
+    return _NAMES[number]
+
+
 def activated(x: torch.Tensor, name: str | None) -> torch.Tensor:
     """f(x), fp32; identity for None."""
     return x if name is None else ACTIVATIONS[name](x)

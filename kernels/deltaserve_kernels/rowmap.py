@@ -99,6 +99,7 @@ class RowMap:
         self.bare = not runs
         self._grids: dict[tuple[int, ...], Grid] = {}
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
+        self._repeated: dict[int, RowMap] = {}
 
     @classmethod
     def of(cls, runs: Iterable[tuple[int, int]], device: torch.device) -> "RowMap":
@@ -120,6 +121,14 @@ class RowMap:
         found = self._grids.get(key)
         if found is None:
             found = self._grids[key] = Grid.of(runs, self.device)
+        return found
+
+    def repeated(self, times: int) -> "RowMap":
+        """Of an axis that has each row so many times, one after the other."""
+        found = self._repeated.get(times)
+        if found is None:
+            runs = tuple(Run(run.slot, run.start * times, run.stop * times) for run in self.runs)
+            found = self._repeated[times] = RowMap(self.rows * times, runs, self.device)
         return found
 
     @cached_property

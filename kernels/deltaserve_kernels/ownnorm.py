@@ -1,0 +1,76 @@
+"""OwnNorm: y = (y − mean) / √(var + eps) ⊙ weight + bias over each row's numbers: adapters' own LayerNorms."""
+
+from collections.abc import Sequence
+
+import torch
+
+from deltaserve_kernels.dispatch import Implementation, path
+from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.slots import Entry, SlotTable
+from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
+
+
+class NormTable(SlotTable):
+    """Columns weight [d] and bias [d]; scalar eps."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        super().__init__(2, capacity, device)
+        self._stacks = Stacks(_stacked)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the stacked copies."""
+        return self._stacks.nbytes
+
+    def stack(self, found: Found) -> tuple[torch.Tensor, ...]:
+        """fp32 weight [slots, d], bias [slots, d] and eps [slots, 1]."""
+        stack = self._stacks.of(found, self.generation)
+        return tuple(tensor for tensor in stack if tensor is not None)
+
+
+def apply(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
+    """y = norm(y) in place. y fp32 [rows, d]; rows of slots without a norm, and bare ones, are not touched."""
+    if table.touches(rowmap):
+        path(_PATHS, y.device)(y, rowmap, table)
+
+
+def normed(x: torch.Tensor, rowmap: RowMap, table: NormTable) -> torch.Tensor:
+    """The same of x [rows, d], any float dtype: fp32, never rounded; x itself where no row has a norm."""
+    if not table.touches(rowmap):
+        return x
+    y = x.to(torch.float32, copy=True)
+    path(_PATHS, y.device)(y, rowmap, table)
+    return y
+
+
+def reference(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
+    for run, entry in table.entries(rowmap):
+        _one(y[run.start : run.stop], entry)
+
+
+def cpu(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
+    """Short runs in one go, each row by its own row of the stack."""
+    short, long = parted(table.entries(rowmap))
+    if short:
+        grid = rowmap.grid([run for run, _ in short])
+        weight, bias, eps = (tensor.index_select(0, grid.each) for tensor in table.stack(short))
+        rows = y[grid.rows]
+        variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+        grid.put(y, (rows - mean).mul_(torch.rsqrt(variance + eps)).mul_(weight).add_(bias))
+    for run, entry in long:
+        _one(y[run.start : run.stop], entry)
+
+
+def _one(part: torch.Tensor, entry: Entry) -> None:
+    weight, bias = entry.tensors
+    assert weight is not None and bias is not None
+    part.copy_(torch.nn.functional.layer_norm(part, part.shape[1:], weight.float(), bias.float(), entry.scalars[0]))
+
+
+def _stacked(entries: Sequence[Entry]) -> Stack:
+    columns = zip(*(entry.tensors for entry in entries), strict=True)
+    eps = torch.tensor([[entry.scalars[0]] for entry in entries])
+    return (*(torch.stack([t.float() for t in column if t is not None]) for column in columns), eps)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
