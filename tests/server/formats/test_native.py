@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaserve.backbone.load import load
 from deltaserve.backbone.model import Backbone
-from deltaserve.deltas import primitives
+from deltaserve.deltas import adapters, primitives
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import Affine, Dense, LowRank, Rows, Sparse
 from deltaserve.deltas.sites import SiteType, Task
@@ -66,16 +66,16 @@ def test_every_method_comes_back_bit_for_bit(checkpoints: list[tuple[Backbone, P
         types |= {type(part) for parts in delta.at.values() for part in parts}
         weighed += bool(json.loads((tmp_path / str(n) / "delta.json").read_text())["weights"])
     assert len(checkpoints) > 90 and len(kinds) > 35 and weighed > 10
-    assert types == set(primitives.SitePrimitive.__args__)
+    assert types == set(primitives.SitePrimitive.__args__) - set(adapters.Adapter.__args__)
 
 
 def test_every_primitive_and_field_is_known() -> None:
     """A new one is stored, or this fails: what is left out would be lost without a word."""
     (*sited,) = primitives.SitePrimitive.__args__
-    assert set(PRIMITIVES.values()) == {*sited, primitives.SoftPrompt, primitives.HeadLayer}
+    assert set(PRIMITIVES.values()) == {*sited, primitives.SoftPrompt, primitives.HeadLayer, adapters.Coupling}
     assert {f.name for f in dataclasses.fields(Delta)} == {
         *("kinds", "at", "task", "provenance", "prompt", "position_shift", "head", "pooling", "labels"),
-        *("problem_type", "invocation", "task_id", "token_types", "bases"),
+        *("problem_type", "invocation", "task_id", "token_types", "coupling", "bases"),
     }
 
 

@@ -76,7 +76,7 @@ def both(spoilt: Any) -> None:
 
 
 BROKEN: Mapping[str, tuple[str, Callable[[Any], None], tuple[str, ...]]] = {
-    "version": ("lora", key("deltaserve_delta", 2), ("deltaserve_delta", "2", "version 1")),
+    "version": ("lora", key("deltaserve_delta", 1), ("deltaserve_delta", "1", "version 2")),
     "version-true": ("lora", key("deltaserve_delta", True), ("deltaserve_delta", "True")),
     "no-version": ("lora", config(lambda told: told.pop("deltaserve_delta")), ("deltaserve_delta",)),
     "unknown-key": ("lora", key("surprise", 1), ("surprise", "does not know")),

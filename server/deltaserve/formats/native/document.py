@@ -13,7 +13,7 @@ from deltaserve.formats.peft.invocation import LONGEST
 
 KEYS = (
     *(KEY, "backbone", "family", "kinds", "task", "labels", "problem_type", "pooling", "position_shift"),
-    *("invocation", "task_id", "token_types", "made_from", "weights", "bases", "prompt", "head", "at"),
+    *("invocation", "task_id", "token_types", "made_from", "weights", "bases", "prompt", "coupling", "head", "at"),
 )
 _MADE_FROM = ("format", "content_hash", "file_bytes", "tensors_matched", "base_model", "warnings", "guessed")
 _LONGEST = 10_000
@@ -24,7 +24,7 @@ _MOST_BYTES = 1 << 60
 class Document:
     """`weights` has, by site, SHA-256 of the `weight` and `bias` that its numbers hold for; `bases` names tensors.
 
-    `head`, `prompt` and `at` are records still.
+    `head`, `prompt`, `coupling` and `at` are records still.
     """
 
     backbone: str
@@ -42,6 +42,7 @@ class Document:
     weights: Mapping[str, Mapping[str, str]]
     bases: tuple[str, ...]
     prompt: object
+    coupling: object
     head: tuple[object, ...] | None
     at: Mapping[str, tuple[object, ...]]
 
@@ -77,6 +78,7 @@ def read(config: Mapping[str, Any]) -> Document:
         },
         bases=listed(config["bases"], "config key 'bases'", text),
         prompt=config["prompt"],
+        coupling=config["coupling"],
         head=None if head is None else listed(head, "config key 'head'", lambda value, _: value),
         at={
             site: listed(told, f"config key 'at', site {shown(site)}", lambda value, _: value)

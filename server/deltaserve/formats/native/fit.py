@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from deltaserve.deltas.adapters import Bottleneck, Coupling, Fusion
 from deltaserve.deltas.primitives import (
     Affine,
     Block,
@@ -19,13 +20,13 @@ from deltaserve.deltas.primitives import (
 )
 from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Site, SiteType
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.native import adapters
 from deltaserve.formats.native.record import Part
+from deltaserve.formats.native.shapes import INTEGERS, MOST_ROWS, below, length, tensor
 from deltaserve.formats.numbers import fits
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_INDEX = (torch.int32,)
-MOST_ROWS = 1 << 14
-"""Of a prefix or a prompt."""
+LATEST = 1
+"""Rows of a text that a soft prompt may stand behind: every text has one."""
 
 
 def at_site(found: Part, site: Site, spec: BackboneSpec, place: str) -> SitePrimitive:
@@ -34,25 +35,35 @@ def at_site(found: Part, site: Site, spec: BackboneSpec, place: str) -> SitePrim
     if check is None:
         able = ", ".join(made.__name__ for made in _FITS[site.type])
         raise BadCheckpoint(f"{place} has a {type(found).__name__}; at a site of type {site.type} stands {able}")
-    assert not isinstance(found, SoftPrompt | HeadLayer)
+    assert not isinstance(found, SoftPrompt | HeadLayer | Coupling)
     if not tensors(found):
         raise BadCheckpoint(f"{place}, {type(found).__name__} has no tensor at all")
     check(found, site, spec, f"{place}, {type(found).__name__}")
     return found
 
 
-def base(tensor: torch.Tensor, place: str) -> torch.Tensor:
+def base(found: torch.Tensor, place: str) -> torch.Tensor:
     """What several deltas may share. Raises BadCheckpoint."""
-    _tensor(tensor, (None,) * max(tensor.ndim, 1), place)
-    return tensor
+    tensor(found, (None,) * max(found.ndim, 1), place)
+    return found
 
 
 def prompt(found: Part, spec: BackboneSpec, place: str) -> SoftPrompt:
     """A soft prompt of this backbone's width. Raises BadCheckpoint."""
     if not isinstance(found, SoftPrompt):
         raise BadCheckpoint(f"{place} has a {type(found).__name__}; a SoftPrompt is expected")
-    _tensor(found.rows, (None, spec.hidden_size), f"{place}, rows")
-    _length(found.rows.shape[0], spec, place)
+    tensor(found.rows, (None, spec.hidden_size), f"{place}, rows")
+    length(found.rows.shape[0], spec, place)
+    if found.place is not None and not 0 <= found.place <= LATEST:
+        raise BadCheckpoint(f"{place}, place is {found.place}; a whole number from 0 to {LATEST} is expected")
+    return found
+
+
+def coupling(found: Part, spec: BackboneSpec, place: str) -> Coupling:
+    """A coupling of this backbone's embedded rows. Raises BadCheckpoint."""
+    if not isinstance(found, Coupling):
+        raise BadCheckpoint(f"{place} has a {type(found).__name__}; a Coupling is expected")
+    adapters.coupling(found, spec, place)
     return found
 
 
@@ -67,10 +78,10 @@ def head_layers(found: tuple[Part, ...], spec: BackboneSpec, head: HeadSpec, pla
             raise BadCheckpoint(f"{here} has a {type(layer).__name__}; a HeadLayer is expected")
         if layer.activation != activation:
             raise BadCheckpoint(f"{here} has the activation {layer.activation!r}; in this family it is {activation!r}")
-        _tensor(layer.weight, (None, width), f"{here}, weight")
+        tensor(layer.weight, (None, width), f"{here}, weight")
         width = int(layer.weight.shape[0])
         if layer.bias is not None:
-            _tensor(layer.bias, (width,), f"{here}, bias")
+            tensor(layer.bias, (width,), f"{here}, bias")
         layers.append(layer)
     if head.outputs not in (None, width):
         raise BadCheckpoint(f"{place} has {width} outputs; for this task it has {head.outputs}")
@@ -78,13 +89,13 @@ def head_layers(found: tuple[Part, ...], spec: BackboneSpec, head: HeadSpec, pla
 
 
 def _lowrank(found: LowRank, site: Site, spec: BackboneSpec, place: str) -> None:
-    _tensor(found.a, (None, site.in_features), f"{place}.a")
+    tensor(found.a, (None, site.in_features), f"{place}.a")
     rank = found.a.shape[0]
-    _tensor(found.b, (site.out_features, rank), f"{place}.b")
+    tensor(found.b, (site.out_features, rank), f"{place}.b")
     if found.inner is not None:
-        _tensor(found.inner, (rank,) * min(max(found.inner.ndim, 1), 2), f"{place}.inner")
+        tensor(found.inner, (rank,) * min(max(found.inner.ndim, 1), 2), f"{place}.inner")
     if found.outer is not None:
-        _tensor(found.outer, (site.out_features,), f"{place}.outer")
+        tensor(found.outer, (site.out_features,), f"{place}.outer")
     if not fits(found):
         raise BadCheckpoint(f"{place}: its products with inner or outer are not in float32")
 
@@ -92,13 +103,13 @@ def _lowrank(found: LowRank, site: Site, spec: BackboneSpec, place: str) -> None
 def _affine(found: Affine, site: Site, spec: BackboneSpec, place: str) -> None:
     if found.replace:
         raise BadCheckpoint(f"{place}.replace is true; only a norm's weight and bias can be replaced so")
-    for name, tensor, width in (
+    for name, numbers, width in (
         ("in_scale", found.in_scale, site.in_features),
         ("scale", found.scale, site.out_features),
         ("shift", found.shift, site.out_features),
     ):
-        if tensor is not None:
-            _tensor(tensor, (width,), f"{place}.{name}")
+        if numbers is not None:
+            tensor(numbers, (width,), f"{place}.{name}")
 
 
 def _affine_of_norm(found: Affine, site: Site, spec: BackboneSpec, place: str) -> None:
@@ -116,20 +127,20 @@ def _affine_of_embedding(found: Affine, site: Site, spec: BackboneSpec, place: s
 
 
 def _dense(found: Dense, site: Site, spec: BackboneSpec, place: str) -> None:
-    _tensor(found.weight, (site.out_features, site.in_features), f"{place}.weight")
+    tensor(found.weight, (site.out_features, site.in_features), f"{place}.weight")
     if found.bias is not None:
-        _tensor(found.bias, (site.out_features,), f"{place}.bias")
+        tensor(found.bias, (site.out_features,), f"{place}.bias")
 
 
 def _dense_of_embedding(found: Dense, site: Site, spec: BackboneSpec, place: str) -> None:
     if not found.replace or found.bias is not None:
         raise BadCheckpoint(f"{place} must replace the embedding, and has no bias")
-    _tensor(found.weight, (site.in_features, site.out_features), f"{place}.weight")
+    tensor(found.weight, (site.in_features, site.out_features), f"{place}.weight")
 
 
 def _block(found: Block, site: Site, spec: BackboneSpec, place: str) -> None:
     shape, width = list(found.blocks.shape), site.out_features if found.outputs else site.in_features
-    _tensor(found.blocks, (None,) * min(max(len(shape), 3), 4), f"{place}.blocks")
+    tensor(found.blocks, (None,) * min(max(len(shape), 3), 4), f"{place}.blocks")
     count, rows, columns, apart = (*shape, 1)[:4]
     if rows != columns or count * rows * apart != width:
         raise BadCheckpoint(f"{place}.blocks has shape {shape}, which makes no matrix {[width, width]} of blocks")
@@ -143,32 +154,35 @@ def _block_of_embedding(found: Block, site: Site, spec: BackboneSpec, place: str
 
 def _sparse(found: Sparse, site: Site, spec: BackboneSpec, place: str) -> None:
     """A place may occur twice: its values add up."""
-    _tensor(found.values, (None,), f"{place}.values", empty=True)
+    tensor(found.values, (None,), f"{place}.values", empty=True)
     count = found.values.shape[0]
     if count > site.in_features * site.out_features:
         raise BadCheckpoint(f"{place}.values has {count} numbers, more than the site's weight")
-    _tensor(found.index, (2, count), f"{place}.index", _INDEX, empty=True)
+    tensor(found.index, (2, count), f"{place}.index", INTEGERS, empty=True)
     for row, limit in zip(found.index, (site.out_features, site.in_features), strict=True):
-        _below(row, limit, f"{place}.index")
+        below(row, limit, f"{place}.index")
 
 
 def _rows(found: Rows, site: Site, spec: BackboneSpec, place: str) -> None:
     looked_up = site.type is SiteType.EMBEDDING
     width, limit = (site.out_features, site.in_features) if looked_up else (site.in_features, site.out_features)
-    _tensor(found.index, (None,), f"{place}.index", _INDEX)
-    _below(found.index, limit, f"{place}.index")
+    tensor(found.index, (None,), f"{place}.index", INTEGERS)
+    below(found.index, limit, f"{place}.index")
     if not bool((found.index[1:] > found.index[:-1]).all()):
         raise BadCheckpoint(f"{place}.index is not sorted, or has a number twice")
-    _tensor(found.values, (found.index.shape[0], width), f"{place}.values")
+    tensor(found.values, (found.index.shape[0], width), f"{place}.values")
 
 
 def _prefix(found: Prefix, site: Site, spec: BackboneSpec, place: str) -> None:
-    if site.name not in spec.prefix_sites:
+    # PEFT fills an encoder-decoder's own decoder alone; others fill every attention that it has.
+    if site.name not in spec.prefix_sites and not spec.encoder_decoder:
         raise BadCheckpoint(f"{place} stands where this family has no prefix")
     shape = (None, site.kv_heads, site.head_dim)
-    _tensor(found.keys, shape, f"{place}.keys")
-    _tensor(found.values, tuple(found.keys.shape), f"{place}.values")
-    _length(found.keys.shape[0], spec, place)
+    tensor(found.keys, shape, f"{place}.keys", empty=True)
+    tensor(found.values, tuple(found.keys.shape), f"{place}.values", empty=True)
+    if found.gate is not None:
+        adapters.gate(found.gate, spec.hidden_size, f"{place}.gate")
+    length(found.keys.shape[0], spec, place)
     for name, number in (("pre", found.pre), ("tok", found.tok)):
         if abs(number) > 2 * MOST_ROWS:
             raise BadCheckpoint(f"{place}.{name} is {number}; a relative position of at most {2 * MOST_ROWS} is meant")
@@ -182,6 +196,8 @@ _LINEAR: Mapping[type, _Fit] = {
     Block: _block,
     Sparse: _sparse,
     Rows: _rows,
+    Bottleneck: adapters.bottleneck,
+    Fusion: adapters.fusion,
 }
 _FITS: Mapping[SiteType, Mapping[type, _Fit]] = {
     SiteType.LINEAR: _LINEAR,
@@ -196,39 +212,3 @@ _FITS: Mapping[SiteType, Mapping[type, _Fit]] = {
     SiteType.NORM: {Affine: _affine_of_norm},
     SiteType.ATTENTION: {Prefix: _prefix},
 }
-
-
-def _tensor(
-    tensor: torch.Tensor,
-    shape: tuple[int | None, ...],
-    place: str,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-    empty: bool = False,
-) -> None:
-    """None in a shape is any size, at least 1 unless it may be `empty`."""
-    found = tuple(tensor.shape)
-    least = 0 if empty else 1
-    fits = len(found) == len(shape) and all(
-        size >= least if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=True)
-    )
-    if not fits:
-        expected = ["any" if wanted is None else wanted for wanted in shape]
-        raise BadCheckpoint(
-            f"{place} has shape {list(found)}; this backbone makes it {expected}".replace("'any'", "n"),
-            metadata={"shape": str(list(found))},
-        )
-    if tensor.dtype not in dtypes:
-        able = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
-        raise BadCheckpoint(f"{place} is of type {tensor.dtype}; expected is one of {able}")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise BadCheckpoint(f"{place} holds NaN or infinite numbers")
-
-
-def _below(index: torch.Tensor, limit: int, place: str) -> None:
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= limit):
-        raise BadCheckpoint(f"{place} holds numbers that are not from 0 to {limit - 1}")
-
-
-def _length(rows: int, spec: BackboneSpec, place: str) -> None:
-    if rows > MOST_ROWS or (spec.max_positions is not None and rows >= spec.max_positions):
-        raise BadCheckpoint(f"{place} has {rows} rows, which leave no room for a text here")

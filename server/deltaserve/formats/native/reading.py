@@ -2,6 +2,7 @@
 
 import torch
 
+from deltaserve.deltas.adapters import Adapter
 from deltaserve.deltas.bases import content_key
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import Head, Prefix, SitePrimitive, tensors
@@ -37,6 +38,10 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     if told.prompt is not None:
         place = "config key 'prompt'"
         prompt = fit.prompt(record.read(told.prompt, place, store.get), backbone, place)
+    coupling = None
+    if told.coupling is not None:
+        place = "config key 'coupling'"
+        coupling = fit.coupling(record.read(told.coupling, place, store.get), backbone, place)
     head = _head(told, backbone, store)
     count = store.finish()
     delta = Delta(
@@ -53,6 +58,7 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
         invocation=told.invocation,
         task_id=told.task_id,
         token_types=told.token_types,
+        coupling=coupling,
         bases=bases,
     )
     _check_whole(delta, backbone)
@@ -106,7 +112,8 @@ def _primitives(
     if site is None:
         raise BadCheckpoint(f"{place} is not in this backbone", metadata={"site": record.shown(name)})
     found = tuple(fit.at_site(record.read(each, place, store.get), site, backbone, place) for each in records)
-    if not found or len({type(each) for each in found}) < len(found):
+    single = [type(each) for each in found if not isinstance(each, Adapter)]
+    if not found or len(set(single)) < len(single):
         raise BadCheckpoint(f"{place} has nothing, or two primitives of one type")
     return found
 
@@ -126,14 +133,14 @@ def _head(told: Document, backbone: BackboneSpec, store: _Store) -> Head | None:
 
 def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
     """What no single part shows: lengths, positions, pooling, labels. Raises BadCheckpoint."""
-    lengths = {p.keys.shape[0] for found in delta.at.values() for p in found if isinstance(p, Prefix)}
+    lengths = {p.keys.shape[0] for found in delta.at.values() for p in found if isinstance(p, Prefix)} - {0}
     if len(lengths) > 1:
-        raise BadCheckpoint(f"its prefixes have {sorted(lengths)} rows; all have the same number")
+        raise BadCheckpoint(f"its prefixes have {sorted(lengths)} rows; all have the same number, or none")
     shift = max(lengths, default=0) if backbone.prefix_positions else 0
-    if delta.position_shift != shift:
-        raise BadCheckpoint(f"config key 'position_shift' is {delta.position_shift}; its prefixes make it {shift}")
+    if delta.position_shift not in (0, shift):
+        raise BadCheckpoint(f"config key 'position_shift' is {delta.position_shift}; its prefixes make it {shift} or 0")
     limit = backbone.max_positions
-    if limit is not None and delta.prompt_length + shift >= limit:
+    if limit is not None and delta.prompt_length + delta.position_shift >= limit:
         raise BadCheckpoint(f"prompt and prefix leave no room for a text: this backbone has {limit} positions")
     _check_bases(delta)
     _check_invocation(delta, backbone)
@@ -146,7 +153,7 @@ def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
     expected = None if head is None else head.read(delta.prompt is not None)
     if delta.pooling is not expected:
         raise BadCheckpoint(f"config key 'pooling' is {delta.pooling}; for this task and family it is {expected}")
-    if not delta.at and delta.prompt is None and delta.head is None:
+    if not delta.at and delta.prompt is None and delta.coupling is None and delta.head is None:
         raise BadCheckpoint("it holds no primitive at all")
 
 
@@ -155,9 +162,9 @@ def _check_bases(delta: Delta) -> None:
     used = {delta.owners.base_of(tensor) for part in parts for tensor in tensors(part)}
     if not delta.bases.keys() <= used:
         raise BadCheckpoint("config key 'bases' names a tensor that no primitive has a view of")
-    own = (() if delta.prompt is None else tensors(delta.prompt)) + (() if delta.head is None else tensors(delta.head))
-    if any(delta.owners.base_of(tensor) is not None for tensor in own):
-        raise BadCheckpoint("a prompt or a head has a view of a base; its tensors are its own")
+    whole = (part for part in (delta.prompt, delta.coupling, delta.head) if part is not None)
+    if any(delta.owners.base_of(tensor) is not None for part in whole for tensor in tensors(part)):
+        raise BadCheckpoint("a prompt, a coupling or a head has a view of a base; its tensors are its own")
 
 
 def _check_invocation(delta: Delta, backbone: BackboneSpec) -> None:
@@ -168,8 +175,17 @@ def _check_invocation(delta: Delta, backbone: BackboneSpec) -> None:
     if not all(0 <= token < backbone.vocab_size for token in delta.invocation):
         raise BadCheckpoint(f"{place} holds numbers that are not from 0 to {backbone.vocab_size - 1}")
     sited = all(backbone.sites[name].type in (SiteType.LINEAR, SiteType.CONV1D) for name in delta.at)
-    if backbone.encoder_decoder or "generate" not in backbone.tasks or delta.prompt or delta.head or not sited:
-        raise BadCheckpoint(f"{place} goes with linear layers of a decoder-only model, and with no prompt or head")
+    if (
+        backbone.encoder_decoder
+        or "generate" not in backbone.tasks
+        or delta.prompt
+        or delta.coupling
+        or delta.head
+        or not sited
+    ):
+        raise BadCheckpoint(
+            f"{place} goes with linear layers of a decoder-only model, and with no prompt, coupling or head"
+        )
 
 
 def _same_weights(told: Document, backbone: BackboneSpec, weights: Weighed) -> None:

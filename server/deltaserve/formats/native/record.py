@@ -1,45 +1,61 @@
 """Primitives as JSON objects: tensors by name, numbers and words as they are. What a class declares is what is stored.
 
 {"type": "LowRank", "a": "encoder.0.q LowRank.a", "b": "encoder.0.q LowRank.b", "scale": 0.5}; a field that is None is
-left out. A tensor that is a view of a base is {"base": "base.0", "offset": 0, "shape": [2, 3], "stride": [8, 1]},
-counted in numbers; the name alone is the whole of it.
+left out where that is its default. A tensor that is a view of a base is {"base": "base.0", "offset": 0, "shape":
+[2, 3], "stride": [8, 1]}, counted in numbers; the name alone is the whole of it. What stands inside a primitive, a gate
+or a fusion's members, is an object or a list of them, without a type: the field has one.
 """
 
 import dataclasses
 import math
 import typing
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Any, TypeVar
 
 import torch
 
+from deltaserve.deltas.adapters import Bottleneck, Coupling, Fusion
 from deltaserve.deltas.primitives import Affine, Block, Dense, HeadLayer, LowRank, Prefix, Rows, SoftPrompt, Sparse
 from deltaserve.errors import BadCheckpoint
 
-Part = LowRank | Affine | Block | Dense | Sparse | Rows | Prefix | SoftPrompt | HeadLayer
+Part = (
+    LowRank | Affine | Block | Dense | Sparse | Rows | Prefix | Bottleneck | Fusion | SoftPrompt | HeadLayer | Coupling
+)
 Record = dict[str, Any]
 
-PRIMITIVES: Mapping[str, type] = {
-    made.__name__: made for made in (LowRank, Affine, Block, Dense, Sparse, Rows, Prefix, SoftPrompt, HeadLayer)
-}
-KEY, VERSION = "deltaserve_delta", 1
+PRIMITIVES: Mapping[str, type] = {made.__name__: made for made in typing.get_args(Part)}
+KEY, VERSION = "deltaserve_delta", 2
 """The config's key that only this format writes, and what it is now."""
 TYPE = "type"
 MOST_NUMBER = 1 << 31
 """Of whole numbers that are fields of a primitive."""
 _MOST_PLACE = 1 << 40
+_MOST_INSIDE = 1 << 10
+"""Entries of a tuple that is a primitive's field."""
 
 T = TypeVar("T")
 
 
 def recorded(part: Part, named: Callable[[str, torch.Tensor], str | Record]) -> Record:
     """`named(field, tensor)` stores a tensor and tells its name, or what it is a view of."""
-    record: Record = {TYPE: type(part).__name__}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if value is not None:
-            record[field.name] = named(field.name, value) if isinstance(value, torch.Tensor) else value
-    return record
+    return {TYPE: type(part).__name__, **_recorded(part, "", named)}
+
+
+def _recorded(part: object, start: str, named: Callable[[str, torch.Tensor], str | Record]) -> Record:
+    def told(name: str, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return named(name, value)
+        if isinstance(value, tuple):
+            return [told(f"{name}.{index}", each) for index, each in enumerate(value)]
+        return _recorded(value, f"{name}.", named) if dataclasses.is_dataclass(value) else value
+
+    values = {field: getattr(part, field.name) for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+    return {
+        field.name: told(f"{start}{field.name}", value)
+        for field, value in values.items()
+        if value is not None or field.default is not None
+    }
 
 
 def read(record: object, place: str, tensor: Callable[[str], torch.Tensor]) -> Part:
@@ -52,7 +68,12 @@ def read(record: object, place: str, tensor: Callable[[str], torch.Tensor]) -> P
     made = PRIMITIVES.get(named) if isinstance(named, str) else None
     if made is None:
         raise BadCheckpoint(f"{place} has the type {shown(named)}; known are {', '.join(PRIMITIVES)}")
-    place = f"{place}, {named}"
+    part: Part = _made(made, told, f"{place}, {named}", tensor)
+    return part
+
+
+def _made(made: type, told: Record, place: str, tensor: Callable[[str], torch.Tensor]) -> Any:
+    """An object of a dataclass from the values of its fields."""
     kinds = typing.get_type_hints(made)
     for key in told:
         if key not in kinds:
@@ -60,17 +81,23 @@ def read(record: object, place: str, tensor: Callable[[str], torch.Tensor]) -> P
     for field in dataclasses.fields(made):
         if field.name not in told and field.default is dataclasses.MISSING:
             raise BadCheckpoint(f"{place} has no field {field.name!r}")
-    values = {key: _value(kinds[key], value, f"{place}, field {key!r}", tensor) for key, value in told.items()}
-    part: Part = made(**values)
-    return part
+    return made(**{key: _value(kinds[key], value, f"{place}, field {key!r}", tensor) for key, value in told.items()})
 
 
 def _value(kind: object, value: object, place: str, tensor: Callable[[str], torch.Tensor]) -> object:
     """A field's value by its declared type, of which None is the absence."""
-    (plain,) = [each for each in (typing.get_args(kind) or (kind,)) if each is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        inside = typing.get_args(kind)[0]
+        return listed(value, place, lambda each, here: _value(inside, each, here, tensor), _MOST_INSIDE)
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    (plain,) = [each for each in kinds if each is not type(None)]
     if plain is torch.Tensor:
         return _view(value, place, tensor) if isinstance(value, dict) else tensor(text(value, place))
-    return _PLAIN[plain](value, place)
+    if isinstance(plain, type) and dataclasses.is_dataclass(plain):
+        return _made(plain, fields(value, place), place, tensor)
+    return word(value, place, plain) if issubclass(plain, StrEnum) else _PLAIN[plain](value, place)
 
 
 def viewed(view: torch.Tensor, base: torch.Tensor, name: str) -> str | Record:
@@ -128,6 +155,13 @@ def flag(value: object, place: str) -> bool:
     if not isinstance(value, bool):
         raise BadCheckpoint(f"{place} is {shown(value)}; true or false is expected")
     return value
+
+
+def word(value: object, place: str, among: type[StrEnum]) -> StrEnum:
+    """One of an enumeration's words. Raises BadCheckpoint."""
+    if not isinstance(value, str) or value not in tuple(among):
+        raise BadCheckpoint(f"{place} is {shown(value)}; expected is one of {', '.join(among)}")
+    return among(value)
 
 
 def fields(value: object, place: str) -> Record:

@@ -59,7 +59,7 @@ def _for_task(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
 def _without_head(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
     warning = f"the head {backbone.heads[delta.task].module!r} is left out: the task is {task.value}"
     made, kinds = delta.provenance, tuple(kind for kind in delta.kinds if kind != "head")
-    if not kinds or not (delta.at or delta.prompt):
+    if not kinds or not (delta.at or delta.prompt or delta.coupling):
         raise BadCheckpoint(f"it is nothing but a head, and the task {task.value} has none")
     return dataclasses.replace(
         delta,

@@ -165,8 +165,9 @@ def _config(delta: Delta, backbone: BackboneSpec, weights: Weighed, store: _Stor
         "weights": _weights(delta, backbone, weights),
         "bases": list(bases.values()),
         "prompt": None if delta.prompt is None else one("prompt", delta.prompt),
+        "coupling": None if delta.coupling is None else one("coupling", delta.coupling),
         "head": None if delta.head is None else [one(f"head.{n}", layer) for n, layer in enumerate(layers)],
-        "at": {site: [one(site, part) for part in parts] for site, parts in delta.at.items()},
+        "at": {site: [one(f"{site} {n}", part) for n, part in enumerate(parts)] for site, parts in delta.at.items()},
     }
 
 
