@@ -5,7 +5,7 @@ import torch
 
 from deltaserve_kernels import bottleneck, ownnorm
 from deltaserve_kernels.activations import ACTIVATIONS, activated, name_of, number_of
-from deltaserve_kernels.dispatch import Implementation, forced
+from deltaserve_kernels.dispatch import forced
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.testing import error_ratio, poisoned
 

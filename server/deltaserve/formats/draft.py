@@ -5,19 +5,25 @@ from collections.abc import Iterable
 
 import torch
 
+from deltaserve.deltas.adapters import Adapter, Bottleneck, Coupling, Tap
 from deltaserve.deltas.bases import content_key
 from deltaserve.deltas.primitives import Affine, Dense, Head, LowRank, SitePrimitive, SoftPrompt, tensors
 from deltaserve.errors import BadCheckpoint
 
 
 class Draft:
-    """At most one primitive of each type stands at a site. `task_id`: the task that it is for, if there are any."""
+    """At most one primitive of each type stands at a site, but for adapters, which act in the order they came in.
+
+    `task_id`: the task that it is for, if there are any.
+    """
 
     def __init__(self, task_id: int | None = None) -> None:
         self.task_id = task_id
         self._at: dict[str, dict[type, SitePrimitive]] = {}
+        self._adapters: dict[str, list[Adapter]] = {}
         self.kinds: list[str] = []
         self.prompt: SoftPrompt | None = None
+        self.coupling: Coupling | None = None
         self.head: Head | None = None
         self.position_shift = 0
         self.bases: dict[str, torch.Tensor] = {}
@@ -25,7 +31,8 @@ class Draft:
 
     @property
     def at(self) -> dict[str, tuple[SitePrimitive, ...]]:
-        return {site: tuple(found.values()) for site, found in self._at.items()}
+        sites = dict.fromkeys((*self._at, *self._adapters))
+        return {site: (*self._at.get(site, {}).values(), *self._adapters.get(site, ())) for site in sites}
 
     def kind(self, name: str) -> None:
         """Notes a kind, once."""
@@ -37,7 +44,10 @@ class Draft:
         return self.bases.setdefault(content_key(tensor), tensor.contiguous())
 
     def put(self, site: str, primitive: SitePrimitive) -> None:
-        """Adds a primitive. Raises BadCheckpoint where one of its type is there already."""
+        """Adds a primitive. Raises BadCheckpoint where one of its type is there already that is no adapter."""
+        if isinstance(primitive, Adapter):
+            self._adapters.setdefault(site, []).append(primitive)
+            return
         here = self._at.setdefault(site, {})
         if type(primitive) in here:
             raise BadCheckpoint(f"two parts of the checkpoint act in the same way at {site!r}")
@@ -61,7 +71,8 @@ class Draft:
         return (
             self.head is None
             and self.prompt is None
-            and all(_idle(p) for found in self._at.values() for p in found.values())
+            and self.coupling is None
+            and all(_idle(p) for found in self.at.values() for p in found)
         )
 
 
@@ -72,4 +83,6 @@ def _idle(primitive: SitePrimitive) -> bool:
         case Affine(in_scale, scale, shift):
             ones: Iterable[torch.Tensor] = (t for t in (in_scale, scale) if t is not None)
             return all(bool((t == 1).all()) for t in ones) and (shift is None or not bool(shift.any()))
+        case Bottleneck(after=None, replaces=False, carry=Tap.OUTPUT, carry_scale=1.0):
+            return not bool(primitive.up.any()) and (primitive.up_bias is None or not bool(primitive.up_bias.any()))
     return False
