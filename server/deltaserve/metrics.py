@@ -27,6 +27,7 @@ class Gauges:
     pool_bytes: int
     pool_capacity_bytes: int
     resident: Mapping[str, int] = field(default_factory=dict)
+    combinations: int = 0
 
 
 class Forward(Protocol):
@@ -205,6 +206,7 @@ class _State(Collector):
         yield _gauge("pool_capacity_bytes", "For deltas.", {("device",): now.pool_capacity_bytes}, ("tier",))
         kinds: dict[tuple[str, ...], float] = {("device", kind): n for kind, n in now.resident.items()}
         yield _gauge("deltas_resident", "Deltas in memory that have parts of a kind.", kinds, ("tier", "kind"))
+        yield _gauge("combinations_resident", "Deltas in memory that are made of several.", {(): now.combinations})
 
 
 class _Facts(Collector):

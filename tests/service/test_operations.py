@@ -123,6 +123,7 @@ NAMES = {
     "time_per_output_token_seconds_count", "input_tokens_total", "output_tokens_total", "rejections_total",
     "step_duration_seconds_count", "batch_rows_count", "batch_deltas_count", "batch_kinds_count", "requests_running",
     "requests_waiting", "kv_cache_usage_ratio", "pool_bytes", "pool_capacity_bytes", "deltas_resident",
+    "combinations_resident",
     "delta_loads_total", "delta_load_duration_seconds_count", "build_info", "config_info",
 }  # fmt: skip
 

@@ -28,7 +28,19 @@ def sampled(**fields: Any) -> dict[str, Any]:
 INVALID: list[tuple[str, str, dict[str, Any], str, str]] = [
     # family, method, fields, the field that is named, what the message says
     ("gpt2", "Generate", {"inputs": ONE}, "deltas", "`backbone` to true"),
-    ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora", "prompt"]}, "deltas", "exactly one"),
+    ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora"] * 9}, "deltas", "8 at most"),
+    ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora", "lora@1"]}, "deltas[1]", "named twice"),
+    ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora", "no name"]}, "deltas[1]", "a name is"),
+    ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora"], "delta_weights": [1, 2]}, "delta_weights", "2 weights"),
+    ("gpt2", "Score", bare(delta_weights=[1], continuations=[SAID]), "delta_weights", "1 weights for 0"),
+    ("gpt2", "Embed", {"inputs": ONE, "deltas": ["lora"], "delta_weights": [0]}, "delta_weights[0]", "not 0"),
+    (
+        "gpt2",
+        "StreamGenerate",
+        {"inputs": ONE, "deltas": ["prompt", "lora"], "delta_weights": [1, float("nan")]},
+        "delta_weights[1]",
+        "finite",
+    ),
     ("gpt2", "Generate", bare(deltas=["lora"]), "backbone", "set one of the two"),
     ("gpt2", "Generate", {"inputs": ONE, "deltas": ["No Name"]}, "deltas[0]", "a name is"),
     ("gpt2", "Generate", {"inputs": ONE, "deltas": ["lora@0"]}, "deltas[0]", "from 1"),

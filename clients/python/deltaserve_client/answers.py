@@ -129,6 +129,7 @@ def server_info(answer: deltas_pb2.GetServerInfoResponse, request_id: str) -> re
         running=answer.running,
         waiting=answer.waiting,
         resident=answer.resident,
+        combinations=answer.combinations,
         uptime=answer.uptime,
         request_id=request_id,
     )

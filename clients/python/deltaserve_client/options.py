@@ -26,12 +26,15 @@ class CallOptions(TypedDict, total=False):
 class InferenceOptions(CallOptions, total=False):
     """`delta` names the delta that answers, or `deltas` several in order, or `backbone=True` asks the bare backbone.
 
+    Several act as one: what they add is added at one time, what they multiply or append follows their order; the
+    contract's InferenceService tells it all. `delta_weights`, one for each, multiply what a delta adds.
     `add_special_tokens` (server's default: true) is for text only. `truncate` says what happens to an input that is too
     long; by default it is an error.
     """
 
     delta: str | None
     deltas: Sequence[str] | None
+    delta_weights: Sequence[float] | None
     backbone: bool | None
     add_special_tokens: bool | None
     truncate: TruncateWord | None

@@ -156,6 +156,7 @@ def _filled(request: Request, given: inputs.Inputs, told: options.InferenceOptio
     if isinstance(deltas, str):
         raise TypeError("deltas is a sequence of names; one name goes in delta")
     _put(request, "deltas", deltas if delta is None else [delta])
+    _put(request, "delta_weights", told.get("delta_weights"))
     _put(request, "backbone", told.get("backbone"))
     _put(request, "inputs", inputs.wire(given))
     _put(request, "add_special_tokens", told.get("add_special_tokens"))

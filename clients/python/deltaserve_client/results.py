@@ -320,7 +320,10 @@ class Step:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server is, what it can do and what it is doing. `steps`: oldest first, empty unless asked for."""
+    """What a server is, what it can do and what it is doing. `steps`: oldest first, empty unless asked for.
+
+    `combinations`: those of the `resident` deltas that are made of several, for requests that name several.
+    """
 
     version: str
     backbone: str
@@ -337,5 +340,6 @@ class ServerInfo:
     running: int
     waiting: int
     resident: int
+    combinations: int
     uptime: float
     request_id: str

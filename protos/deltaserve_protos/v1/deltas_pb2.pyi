@@ -221,7 +221,7 @@ class Step(_message.Message):
     def __init__(self, index: _Optional[int] = ..., started: _Optional[float] = ..., duration: _Optional[float] = ..., rows: _Optional[int] = ..., sequences: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[str]] = ..., kinds: _Optional[_Iterable[str]] = ..., phase: _Optional[str] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "backbone", "family", "tasks", "kinds", "device", "dtype", "parameters", "has_tokenizer", "limits", "memory", "steps", "running", "waiting", "resident", "uptime")
+    __slots__ = ("version", "backbone", "family", "tasks", "kinds", "device", "dtype", "parameters", "has_tokenizer", "limits", "memory", "steps", "running", "waiting", "resident", "uptime", "combinations")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class GetServerInfoResponse(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    COMBINATIONS_FIELD_NUMBER: _ClassVar[int]
     version: str
     backbone: str
     family: str
@@ -254,4 +255,5 @@ class GetServerInfoResponse(_message.Message):
     waiting: int
     resident: int
     uptime: float
-    def __init__(self, version: _Optional[str] = ..., backbone: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., kinds: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., has_tokenizer: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., resident: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
+    combinations: int
+    def __init__(self, version: _Optional[str] = ..., backbone: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., kinds: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., has_tokenizer: bool = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., resident: _Optional[int] = ..., uptime: _Optional[float] = ..., combinations: _Optional[int] = ...) -> None: ...

@@ -138,20 +138,22 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "sampling")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "sampling", "delta_weights")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DELTA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     add_special_tokens: bool
     truncate: Truncate
     sampling: Sampling
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    delta_weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., delta_weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("text", "ids", "finish_reason", "stop", "logprobs")
@@ -188,20 +190,22 @@ class GenerateResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., delta: _Optional[str] = ...) -> None: ...
 
 class StreamGenerateRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "sampling")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "sampling", "delta_weights")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DELTA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     add_special_tokens: bool
     truncate: Truncate
     sampling: Sampling
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    delta_weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., delta_weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
     __slots__ = ("input_index", "sample_index", "text", "ids", "logprobs", "prompt_logprobs", "finish_reason", "stop", "usage", "delta")
@@ -228,7 +232,7 @@ class StreamGenerateResponse(_message.Message):
     def __init__(self, input_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., text: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., delta: _Optional[str] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "scores_as", "top_k", "max_answer_tokens")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "scores_as", "top_k", "max_answer_tokens", "delta_weights")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +241,7 @@ class ClassifyRequest(_message.Message):
     SCORES_AS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     MAX_ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
@@ -245,7 +250,8 @@ class ClassifyRequest(_message.Message):
     scores_as: ScoresAs
     top_k: int
     max_answer_tokens: int
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., scores_as: _Optional[_Union[ScoresAs, str]] = ..., top_k: _Optional[int] = ..., max_answer_tokens: _Optional[int] = ...) -> None: ...
+    delta_weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., scores_as: _Optional[_Union[ScoresAs, str]] = ..., top_k: _Optional[int] = ..., max_answer_tokens: _Optional[int] = ..., delta_weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SequenceClassification(_message.Message):
     __slots__ = ("label", "scores")
@@ -340,7 +346,7 @@ class ClassifyResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[Classification, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., scores_as: _Optional[_Union[ScoresAs, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., delta: _Optional[str] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "pooling", "normalize")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "pooling", "normalize", "delta_weights")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +354,7 @@ class EmbedRequest(_message.Message):
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    DELTA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
@@ -355,7 +362,8 @@ class EmbedRequest(_message.Message):
     truncate: Truncate
     pooling: Pooling
     normalize: bool
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., normalize: bool = ...) -> None: ...
+    delta_weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., normalize: bool = ..., delta_weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Embedding(_message.Message):
     __slots__ = ("values",)
@@ -384,7 +392,7 @@ class Continuation(_message.Message):
     def __init__(self, text: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "continuations", "logprobs")
+    __slots__ = ("deltas", "backbone", "inputs", "add_special_tokens", "truncate", "continuations", "logprobs", "delta_weights")
     class Continuations(_message.Message):
         __slots__ = ("continuations",)
         CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -397,6 +405,7 @@ class ScoreRequest(_message.Message):
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
     CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedScalarFieldContainer[str]
     backbone: bool
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
@@ -404,7 +413,8 @@ class ScoreRequest(_message.Message):
     truncate: Truncate
     continuations: _containers.RepeatedCompositeFieldContainer[ScoreRequest.Continuations]
     logprobs: int
-    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., continuations: _Optional[_Iterable[_Union[ScoreRequest.Continuations, _Mapping]]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    delta_weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, deltas: _Optional[_Iterable[str]] = ..., backbone: bool = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., add_special_tokens: bool = ..., truncate: _Optional[_Union[Truncate, str]] = ..., continuations: _Optional[_Iterable[_Union[ScoreRequest.Continuations, _Mapping]]] = ..., logprobs: _Optional[int] = ..., delta_weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ContinuationScore(_message.Message):
     __slots__ = ("logprob", "greedy", "tokens")

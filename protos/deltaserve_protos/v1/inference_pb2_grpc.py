@@ -26,8 +26,21 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """Inference on the frozen backbone with one delta per request. Requests for different deltas, of different kinds,
-    share one forward pass; none of them sees the others.
+    """Inference on the frozen backbone with the delta that a request names, or with several as one. Requests for different
+    deltas, of different kinds, share one forward pass; none of them sees the others.
+
+    Several deltas. At each place of the backbone the steps are these, whichever delta brings them and in whatever order
+    the deltas are named: blocks on the input (OFT, BOFT); factors of the input (IA³ before a feed-forward's last linear);
+    the linear, and added to it, at one time and from the same input, what all deltas add (LoRA and all else of low rank,
+    dense and sparse differences); single rows that are replaced; blocks on the output (RoAd); factors and biases of the
+    output (IA³, DoRA, BitFit); adapters. What is added is a sum: W x + Δa x + Δb x. Factors, blocks and adapters act in
+    the order of `deltas`, each on what the one before gave; a factor multiplies what another's LoRA adds there, too. Keys
+    and values of prefixes, and rows of soft prompts, stand in that order, before the input.
+
+    FAILED_PRECONDITION, with both names and the place, where there is no such sum or order: two heads, two replacements
+    of one weight, of one norm or of one token's row, blocks of unlike shapes, soft prompts with unlike places, prefixes
+    whose libraries count relative positions otherwise or whose gates would reach another's, two invertible blocks,
+    anything behind an adapter that takes the place of the stream, an invocation (activated LoRA) beside another delta.
     """
 
     def __init__(self, channel):
@@ -64,8 +77,21 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """Inference on the frozen backbone with one delta per request. Requests for different deltas, of different kinds,
-    share one forward pass; none of them sees the others.
+    """Inference on the frozen backbone with the delta that a request names, or with several as one. Requests for different
+    deltas, of different kinds, share one forward pass; none of them sees the others.
+
+    Several deltas. At each place of the backbone the steps are these, whichever delta brings them and in whatever order
+    the deltas are named: blocks on the input (OFT, BOFT); factors of the input (IA³ before a feed-forward's last linear);
+    the linear, and added to it, at one time and from the same input, what all deltas add (LoRA and all else of low rank,
+    dense and sparse differences); single rows that are replaced; blocks on the output (RoAd); factors and biases of the
+    output (IA³, DoRA, BitFit); adapters. What is added is a sum: W x + Δa x + Δb x. Factors, blocks and adapters act in
+    the order of `deltas`, each on what the one before gave; a factor multiplies what another's LoRA adds there, too. Keys
+    and values of prefixes, and rows of soft prompts, stand in that order, before the input.
+
+    FAILED_PRECONDITION, with both names and the place, where there is no such sum or order: two heads, two replacements
+    of one weight, of one norm or of one token's row, blocks of unlike shapes, soft prompts with unlike places, prefixes
+    whose libraries count relative positions otherwise or whose gates would reach another's, two invertible blocks,
+    anything behind an adapter that takes the place of the stream, an invocation (activated LoRA) beside another delta.
     """
 
     def Generate(self, request, context):
@@ -141,8 +167,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """Inference on the frozen backbone with one delta per request. Requests for different deltas, of different kinds,
-    share one forward pass; none of them sees the others.
+    """Inference on the frozen backbone with the delta that a request names, or with several as one. Requests for different
+    deltas, of different kinds, share one forward pass; none of them sees the others.
+
+    Several deltas. At each place of the backbone the steps are these, whichever delta brings them and in whatever order
+    the deltas are named: blocks on the input (OFT, BOFT); factors of the input (IA³ before a feed-forward's last linear);
+    the linear, and added to it, at one time and from the same input, what all deltas add (LoRA and all else of low rank,
+    dense and sparse differences); single rows that are replaced; blocks on the output (RoAd); factors and biases of the
+    output (IA³, DoRA, BitFit); adapters. What is added is a sum: W x + Δa x + Δb x. Factors, blocks and adapters act in
+    the order of `deltas`, each on what the one before gave; a factor multiplies what another's LoRA adds there, too. Keys
+    and values of prefixes, and rows of soft prompts, stand in that order, before the input.
+
+    FAILED_PRECONDITION, with both names and the place, where there is no such sum or order: two heads, two replacements
+    of one weight, of one norm or of one token's row, blocks of unlike shapes, soft prompts with unlike places, prefixes
+    whose libraries count relative positions otherwise or whose gates would reach another's, two invertible blocks,
+    anything behind an adapter that takes the place of the stream, an invocation (activated LoRA) beside another delta.
     """
 
     @staticmethod

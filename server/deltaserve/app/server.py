@@ -28,6 +28,7 @@ from deltaserve.formats.weighed import Weighed
 from deltaserve.formats.work import Work
 from deltaserve.metrics import Gauges, Metrics
 from deltaserve.service.aside import Aside
+from deltaserve.service.combining import Combining
 from deltaserve.service.deltas import DeltaServicer, Told, release
 from deltaserve.service.inference import InferenceServicer
 from deltaserve.service.inputs import Reader
@@ -95,6 +96,7 @@ class App:
             backbone=backbone,
             engine=self.engine,
             catalog=self.catalog,
+            combining=Combining(self.catalog, self.engine, self._reading, self.metrics),
             text=text,
             reader=Reader(backbone.spec, backbone.type_vocab_size, text),
             tokenizing=self._tokenizing,
@@ -246,14 +248,15 @@ class App:
     def _gauges(self) -> Gauges:
         """On the scraper's thread."""
         now = self.engine.stats()
-        versions = [version for key in now.resident if (version := self.catalog.get(key)) is not None]
+        found = [self.catalog.get(key) or self.catalog.combinations.get(key) for key in now.resident]
         return Gauges(
             running=now.running,
             waiting={"load": now.waiting_for_load, "queue": max(now.waiting - now.waiting_for_load, 0)},
             kv_used_ratio=now.kv_used_bytes / (now.kv_capacity_bytes or 1),
             pool_bytes=now.pool_used_bytes,
             pool_capacity_bytes=now.pool_capacity_bytes,
-            resident=Counter(kind for version in versions for kind in version.card.kinds),
+            resident=Counter(kind for each in found if each is not None for kind in each.card.kinds),
+            combinations=self.catalog.combinations.count(now.resident),
         )
 
     def _summary(self) -> Summary:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 
+from deltaserve.catalog.combination import Combinations
 from deltaserve.catalog.reference import Reference
 from deltaserve.catalog.version import Card, Source, State, Version
 from deltaserve.deltas.delta import Delta
@@ -19,7 +20,8 @@ class Catalog:
     """`read` makes a delta of a source, on the caller's thread; it is what `fetch` uses.
 
     A version's life: `begin` (LOADING), `admit` (RESIDENT, and the one that new requests get), `withdraw` (DRAINING),
-    `drained` when the last lease ended, `drop`. `abandon` ends a version that was never admitted.
+    `drained` when the last lease ended, `drop`. `abandon` ends a version that was never admitted. `combinations` are
+    deltas made of several versions; their keys are no version's.
     """
 
     def __init__(self, read: Callable[[Source], Delta]) -> None:
@@ -31,6 +33,7 @@ class Catalog:
         self._last: Counter[str] = Counter()
         self._leases: Counter[int] = Counter()
         self._drained: dict[int, Future[None]] = {}
+        self.combinations = Combinations(self.fetch, self._keys)
 
     def resolve(self, reference: Reference) -> Version:
         """The version that a new request gets. Raises NotFound with the nearest names."""
@@ -132,7 +135,13 @@ class Catalog:
             self._drained.pop(key)
 
     def fetch(self, key: int) -> Delta:
-        """A version's bytes again, after its memory was given to others. Raises DataLoss if they are not the same."""
+        """A version's bytes again, after its memory was given to others, or a combination's.
+
+        Raises DataLoss if they are not the same.
+        """
+        combination = self.combinations.get(key)
+        if combination is not None:
+            return self.combinations.composed(combination.parts)
         version = self.get(key)
         if version is None:
             raise NotFound(f"version {key} is not in the catalog any more", metadata={"key": str(key)})

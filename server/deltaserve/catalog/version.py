@@ -78,6 +78,17 @@ class Card:
             token_types=delta.token_types,
         )
 
+    def ref(self, key: int, label: str) -> DeltaRef:
+        """What the engine needs to know before it has the bytes."""
+        return DeltaRef(
+            key=key,
+            label=label,
+            kinds=self.kinds,
+            prompt_length=self.prompt_length,
+            position_shift=self.position_shift,
+            invocation=self.invocation,
+        )
+
 
 @dataclass(frozen=True)
 class Version:
@@ -102,15 +113,7 @@ class Version:
 
     @property
     def ref(self) -> DeltaRef:
-        """What the engine needs to know before it has the bytes."""
-        return DeltaRef(
-            key=self.key,
-            label=self.label,
-            kinds=self.card.kinds,
-            prompt_length=self.card.prompt_length,
-            position_shift=self.card.position_shift,
-            invocation=self.card.invocation,
-        )
+        return self.card.ref(self.key, self.label)
 
     def now(self, resident: Collection[int]) -> State:
         """The state, given the keys that are in device memory."""

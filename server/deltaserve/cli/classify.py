@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def classify(
     context: typer.Context,
     inputs: options.Inputs,
-    delta: options.Delta = None,
+    deltas: options.Deltas = None,
+    delta_weights: options.Weights = None,
     backbone: options.Backbone = None,
     scores_as: Annotated[
         Literal["raw", "softmax", "sigmoid"] | None,

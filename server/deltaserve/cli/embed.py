@@ -14,7 +14,8 @@ SHOWN = 4
 def embed(
     context: typer.Context,
     inputs: options.Inputs,
-    delta: options.Delta = None,
+    deltas: options.Deltas = None,
+    delta_weights: options.Weights = None,
     backbone: options.Backbone = None,
     pooling: Annotated[
         Literal["mean", "cls", "last"] | None,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def generate(
     context: typer.Context,
     inputs: options.Inputs,
-    delta: options.Delta = None,
+    deltas: options.Deltas = None,
+    delta_weights: options.Weights = None,
     backbone: options.Backbone = None,
     stream: Annotated[
         bool, typer.Option("--stream", "-s", help="Print the text as it is made.", show_default=False)

@@ -38,6 +38,9 @@ def _show(server: "ServerInfo") -> None:
     limits, memory = server.limits, server.memory
     kv = f"{screen.size(memory.kv_used_bytes)} of {screen.size(memory.kv_capacity_bytes)}"
     pool = f"{screen.size(memory.pool_used_bytes)} of {screen.size(memory.pool_capacity_bytes)}"
+    resident = f"{server.resident} deltas resident"
+    if server.combinations:
+        resident += f", {server.combinations} of them made of several"
     screen.facts(
         (
             ("server", f"deltaserve {server.version}, up {_lasting(server.uptime)}"),
@@ -46,7 +49,7 @@ def _show(server: "ServerInfo") -> None:
             ("tokenizer", "yes" if server.has_tokenizer else "no: token ids only"),
             ("can", ", ".join(server.tasks)),
             ("kinds", ", ".join(server.kinds)),
-            ("now", f"{server.running} running, {server.waiting} waiting, {server.resident} deltas resident"),
+            ("now", f"{server.running} running, {server.waiting} waiting, {resident}"),
             ("memory", f"backbone {screen.size(memory.backbone_bytes)}, keys and values {kv}, deltas {pool}"),
             ("a request", f"{limits.max_inputs} inputs, {limits.max_model_len} tokens each, "
                           f"{screen.size(limits.max_message_bytes)}"),

@@ -42,9 +42,23 @@ Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, with 
 Inputs: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="INPUT...", help="Texts; `-` stands for the lines of standard input.")
 ]
-Delta: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--delta", "-d", metavar="NAME", help="Who answers: name, name@version or tenant/name."),
+Deltas: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--delta",
+        "-d",
+        metavar="NAME",
+        help="Who answers: name, name@version or tenant/name; several act as one, in order.",
+    ),
+]
+Weights: TypeAlias = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--delta-weight",
+        metavar="NUMBER",
+        help="What a delta adds is multiplied by it; once for each --delta, in order.",
+        show_default="1 for each",
+    ),
 ]
 Backbone: TypeAlias = Annotated[
     bool | None, typer.Option("--backbone", help="Ask the bare backbone, on purpose.", show_default=False)

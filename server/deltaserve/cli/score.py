@@ -16,7 +16,8 @@ def score(
             "--continuation", "-c", metavar="TEXT", help="What may follow each input (ids with --ids); repeatable."
         ),
     ],
-    delta: options.Delta = None,
+    deltas: options.Deltas = None,
+    delta_weights: options.Weights = None,
     backbone: options.Backbone = None,
     logprobs: Annotated[
         int | None,

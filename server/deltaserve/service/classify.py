@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from deltaserve.catalog.version import Version
+from deltaserve.catalog.combination import Answering
 from deltaserve.deltas.sites import Task
 from deltaserve.engine.request import Finished, Job, Request
 from deltaserve.errors import InvalidArgument
@@ -29,7 +29,7 @@ class Classifying:
         count(message)
         if message.scores_as not in pb.ScoresAs.values():
             raise InvalidArgument(f"scores_as has no value {int(message.scores_as)}", field="scores_as")
-        with target(message, Job.CLASSIFY, served.backbone.spec, served.catalog, call) as version:
+        async with target(message, Job.CLASSIFY, served, call) as version:
             assert version is not None
             card = version.card
             _check(message, version)
@@ -62,7 +62,7 @@ class Classifying:
             delta=version.label,
         )
 
-    async def _read(self, message: pb.ClassifyRequest, version: Version) -> list[list[Encoding]]:
+    async def _read(self, message: pb.ClassifyRequest, version: Answering) -> list[list[Encoding]]:
         """For each input its only row, or one for each of its choices."""
         served, room = self._served, self._served.room(version)
         if version.card.task is not Task.MULTIPLE_CHOICE:
@@ -73,7 +73,7 @@ class Classifying:
     async def _results(
         self,
         message: pb.ClassifyRequest,
-        version: Version,
+        version: Answering,
         encodings: Sequence[Sequence[Encoding]],
         finished: Sequence[Sequence[Finished]],
     ) -> Sequence[pb.Classification]:
@@ -97,7 +97,7 @@ class Classifying:
         return [convert.sequence(end.scores[0], how, card.labels, card.problem_type) for _, end in both]
 
 
-def _check(message: pb.ClassifyRequest, version: Version) -> None:
+def _check(message: pb.ClassifyRequest, version: Answering) -> None:
     """Raises InvalidArgument for what this delta's task does not know."""
     for field, task in _FOR.items():
         if message.HasField(field) and version.card.task is not task:

@@ -121,6 +121,7 @@ class DeltaServicer(deltas_pb2_grpc.DeltaServiceServicer):
             running=now.running,
             waiting=now.waiting,
             resident=len(now.resident),
+            combinations=self._catalog.combinations.count(now.resident),
             uptime=0.0 if self._since is None else time.monotonic() - self._since,
         )
 

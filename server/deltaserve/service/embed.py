@@ -33,7 +33,7 @@ class Embedding:
         pooling = self._default if not message.pooling else convert.POOLING_OF.get(message.pooling)
         if pooling is None:
             raise InvalidArgument(f"pooling has no value {int(message.pooling)}", field="pooling")
-        with target(message, Job.EMBED, served.backbone.spec, served.catalog, call) as version:
+        async with target(message, Job.EMBED, served, call) as version:
             encodings = await served.read(message, served.room(version), [Need()] * inputs)
             deadline = call.deadline(served.request_timeout)
             finished = await served.finished(

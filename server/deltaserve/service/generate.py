@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from deltaserve.catalog.version import Version
+from deltaserve.catalog.combination import Answering
 from deltaserve.engine.request import Finished, Job, Request, Tokens
 from deltaserve.service import convert
 from deltaserve.service.answers import Answers
@@ -44,7 +44,7 @@ class _Sample:
 class _Run:
     """One call's samples, by input and sample, while the engine works on them."""
 
-    version: Version | None
+    version: Answering | None
     samples: Sequence[_Sample]
     answers: Answers
 
@@ -104,7 +104,7 @@ class Generating:
         """Everything is checked before anything is queued; on exit nothing of it runs any more."""
         served, spec = self._served, self._served.backbone.spec
         inputs = count(message)
-        with target(message, Job.GENERATE, spec, served.catalog, call) as version:
+        async with target(message, Job.GENERATE, served, call) as version:
             wished = wish(
                 message.sampling,
                 eos_ids=served.backbone.defaults.eos_ids,
@@ -127,7 +127,7 @@ class Generating:
                     served.count(version, read, sum(sample.growing.count for sample in samples))
 
     def _samples(
-        self, encodings: Sequence[Encoding], wished: Wish, room: Room, version: Version | None, call: Call
+        self, encodings: Sequence[Encoding], wished: Wish, room: Room, version: Answering | None, call: Call
     ) -> list[_Sample]:
         served = self._served
         deadline = call.deadline(served.request_timeout)

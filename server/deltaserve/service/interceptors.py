@@ -1,6 +1,7 @@
 """Around every RPC, of all four kinds: a request id, the metrics, one log line, and errors that became statuses."""
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,6 +30,8 @@ TASKS = {
     "/deltaserve.v1.InferenceService/Score": "score",
 }
 """What the metrics call a method; any other is `control`."""
+
+_VERSIONS = re.compile(r"@[0-9]+")
 
 OURS = "/deltaserve."
 """What all our methods begin with."""
@@ -155,7 +158,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _ended(self, call: Call, code: grpc.StatusCode, error: DeltaserveError | None) -> None:
         seconds = time.monotonic() - call.started
-        self._metrics.request(call.task, code.name, call.delta.partition("@")[0], seconds)
+        self._metrics.request(call.task, code.name, _VERSIONS.sub("", call.delta), seconds)
         if code in REJECTED:
             self._metrics.rejection(error.reason if error else code.name)
         write = log.debug if code is grpc.StatusCode.OK else log.info

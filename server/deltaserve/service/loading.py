@@ -148,7 +148,8 @@ class Loading:
 
     async def _left(self, version: Version) -> int:
         await _result(self._catalog.drained(version.key))
-        freed = await _result(self._engine.retire(version.key))
+        leaving = [version.key, *(each.key for each in self._catalog.combinations.leaving(version.key))]
+        freed = sum([await _result(self._engine.retire(key)) for key in leaving])
         self._catalog.drop(version.key)
         del self._leaving[version.key]
         log.info("%s is out of service: %d bytes given back", version.label, freed)

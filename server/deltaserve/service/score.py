@@ -27,7 +27,7 @@ class Scoring:
         served = self._served
         count(message)
         _check(message)
-        with target(message, Job.SCORE, served.backbone.spec, served.catalog, call) as version:
+        async with target(message, Job.SCORE, served, call) as version:
             served.check_number(sum(len(given.continuations) for given in message.continuations))
             room = served.room(version)
             encodings, asked = await served.tokenizing.run(lambda: self._read(message, room))

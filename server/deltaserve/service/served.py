@@ -6,13 +6,14 @@ from functools import partial
 
 from deltaserve.backbone.model import Backbone
 from deltaserve.catalog.catalog import Catalog
-from deltaserve.catalog.version import Version
+from deltaserve.catalog.combination import Answering
 from deltaserve.engine.loop import Engine
 from deltaserve.engine.request import Finished, Request
 from deltaserve.errors import InvalidArgument
 from deltaserve.metrics import Metrics
 from deltaserve.service.answers import Answers
 from deltaserve.service.aside import Aside
+from deltaserve.service.combining import Combining
 from deltaserve.service.inputs import Asking, Need, Reader, Room
 from deltaserve.service.text import Encoding, Text
 
@@ -25,13 +26,14 @@ class Served:
     backbone: Backbone
     engine: Engine
     catalog: Catalog
+    combining: Combining
     text: Text
     reader: Reader
     tokenizing: Aside
     metrics: Metrics
     request_timeout: float
 
-    def room(self, version: Version | None) -> Room:
+    def room(self, version: Answering | None) -> Room:
         """What one sequence may hold for this delta: a prefix may push real tokens off the last positions."""
         spec, limit = self.backbone.spec, self.engine.limits.max_model_len
         card = None if version is None else version.card
@@ -62,6 +64,6 @@ class Served:
             ended = await answers.finished()
         return [ended[request.id] for request in requests]
 
-    def count(self, version: Version | None, inputs: int, outputs: int = 0) -> None:
-        """Tokens for the metrics, under the delta's name."""
+    def count(self, version: Answering | None, inputs: int, outputs: int = 0) -> None:
+        """Tokens for the metrics, under the delta's name, or the names of all."""
         self.metrics.tokens("" if version is None else version.name, inputs, outputs)
