@@ -14,7 +14,7 @@ from bench import gpu as on_gpu
 from bench import micro as forward_costs
 from bench import mixed as kind_costs
 from bench import report as results
-from bench import screen
+from bench import roofline, screen
 from bench.origin import ROOT, origin
 from bench.quiet import wait_for_quiet
 from bench.rows import Row, write
@@ -47,8 +47,13 @@ def micro(
     threads: Threads = None,
     seed: Seed = 0,
     only: Annotated[str, typer.Option(help="Cases whose name has this in it; the others' rows stay.")] = "",
+    model: Annotated[bool, typer.Option("--model", help="Only count bytes, operations and limits.")] = False,
 ) -> None:
     """The cost of a packed forward: bare, with deltas that no row uses, with a LoRA for each request; of each kind."""
+    if model:
+        console.print(roofline.table_of_primitives())
+        console.print(roofline.table_of_limits())
+        return
     place = _start(device, threads)
     of_loras = [case for case in forward_costs.cases(place, quick=quick, tiny=tiny) if only in str(case)]
     of_kinds = [case for case in kind_costs.cases(quick=quick, tiny=tiny) if only in str(case)]

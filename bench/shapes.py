@@ -24,6 +24,25 @@ SHAPES: Mapping[str, Callable[[], Any]] = {
         num_key_value_heads=8,
         max_position_embeddings=2048,
     ),
+    "llama-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "llama-1b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "tiny-bert": lambda: BertConfig(**_tiny(), intermediate_size=48, max_position_embeddings=96),
     "tiny-llama": lambda: LlamaConfig(
         **_tiny(), intermediate_size=48, num_key_value_heads=2, max_position_embeddings=96
@@ -35,7 +54,9 @@ SHAPES: Mapping[str, Callable[[], Any]] = {
         vocab_size=101, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2, decoder_start_token_id=0
     ),
 }
-"""Configs by name. bert-base has 109 million parameters, llama-24 has 348 million."""
+"""Configs by name. bert-base has 109 million parameters, llama-24 has 348 million, llama-8b 8.0 and llama-1b 1.2
+thousand million, in the shapes of Llama 3.1 and 3.2.
+"""
 
 
 def _tiny() -> dict[str, int]:
@@ -68,6 +89,16 @@ def backbone(shape: str, dtype: torch.dtype, device: torch.device, seed: int, sc
             parameter.add_(torch.randn_like(parameter), alpha=scale)
     model = model.to(device).eval().requires_grad_(False)
     return Backbone(name=shape, family=family, model=model, tokenizer=None)
+
+
+def large(shape: str, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """Made where it will be, with transformers' own initial weights: seconds on a GPU, nothing on the meta device."""
+    attention.register()
+    config = SHAPES[shape]()
+    family = family_of(config, shape)
+    with device:
+        model = _model(family.loader, config, dtype, attention.NAME)
+    return Backbone(name=shape, family=family, model=model.eval().requires_grad_(False), tokenizer=None)
 
 
 def sharing(shape: str, ours: Backbone, headed: bool = False) -> PreTrainedModel:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaserve_kernels.attention import PrefixTable, RelativeBias, Sequence, Sequences, attend
-from deltaserve_kernels.attention.cost import Cost, cost
+from deltaserve_kernels.attention.cost import cost
 from deltaserve_kernels.attention.paths import Attention
+from deltaserve_kernels.cost import Cost
 from deltaserve_kernels.dispatch import Implementation, forced
 from deltaserve_kernels.testing import error_ratio, poisoned
 

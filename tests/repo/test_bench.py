@@ -58,6 +58,20 @@ def test_micro(root: Path, tmp_path: Path) -> None:
     assert f"| {MIXED} |" in report.stdout and "| boft | all linears |" in report.stdout
 
 
+def test_counted_costs_and_limits(root: Path) -> None:
+    """32 LoRA of rank 16 at all linears are 2.68 GB beside 15.0 GB of weights and 2.1 GB of keys and values."""
+    done = bench(root, "micro", "--model")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    limits = {(row[0], row[1]): row[2:] for row in cells if row[0].startswith("llama")}
+    assert limits["llama-8b", "LoRA r16"] == ["83.89", "0.994", "0.959", "0.865", "0.687"]
+    assert len(limits) == 18
+    assert all(row[1] > row[-1] for row in limits.values())
+    primitives = {(row[0], row[1]): row[2:] for row in cells if len(row) == 8}
+    linear = primitives["decode 32, 32 deltas", "linear (the backbone's)"]
+    assert linear[:2] == ["34.079", "1.0737"] and linear[-1] == "memory"
+
+
 def test_gpu_says_that_there_is_none(root: Path, tmp_path: Path) -> None:
     done = bench(root, "gpu", "--out", str(tmp_path))
     assert done.returncode == 2

@@ -1,17 +1,7 @@
 """What attention costs at least: bytes of device memory that must be moved, and floating point operations."""
 
-from dataclasses import dataclass
-
 from deltaserve_kernels.attention.sequences import Sequence, Sequences
-
-
-@dataclass(frozen=True)
-class Cost:
-    """`read` and `written` in bytes, `flops` with a multiplication and an addition counted as two."""
-
-    read: int
-    written: int
-    flops: int
+from deltaserve_kernels.cost import Cost
 
 
 def cost(

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.gpu import demands
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, precision
 from deltaserve_kernels.gpu.tiling import members, owner, tiles
@@ -60,18 +61,29 @@ def block(
     tl.store(place, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-def row(_: int, entry: Entry) -> tuple[int, ...]:
+def row(slot: int, entry: Entry, width: int) -> tuple[int, ...]:
     """A slot's row of the board."""
-    blocks = entry.tensors[0]
-    assert blocks is not None and blocks.is_contiguous()
-    return (KINDS[blocks.dtype], blocks.data_ptr(), blocks.shape[1], blocks.shape[3] if blocks.ndim == 4 else 1)
+    given = entry.tensors[0]
+    b = 0 if given is None or given.ndim not in (3, 4) else given.shape[1]
+    apart = 1 if given is None or given.ndim != 4 else given.shape[3]
+    shape = (width // max(1, b * apart), b, b, apart)
+    blocks = demands.tensor("blocks", slot, given, shape[: 3 + (given is not None and given.ndim == 4)])
+    if blocks.shape[0] * b * apart != width:
+        raise ValueError(f"blocks: of slot {slot}, shape {tuple(blocks.shape)}; rows are {width} wide")
+    return (KINDS[blocks.dtype], blocks.data_ptr(), b, apart)
 
 
 def launch(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """Writes x · diag(R_1, ...), fp32 rounded once, to the rows of `out` that have blocks; `out` may be x."""
+    """Writes x · diag(R_1, ...), fp32 rounded once, to the rows of `out` that have blocks; `out` may be x.
+
+    Raises ValueError, before anything is launched, where rows, a slot or what it has cannot be read so.
+    """
+    demands.rows(rowmap, table, out=out, x=x)
+    if out.shape != x.shape:
+        raise ValueError(f"out: shape {tuple(out.shape)}; x has {tuple(x.shape)}")
     x = x.clone() if out is x else x
-    plan = BLOCK.choose(rowmap)
-    cut, board = tiles(rowmap, plan.m), Board.of(table, COLUMNS, row).rows()
+    plan, board = BLOCK.choose(rowmap), Board.of(table, COLUMNS, row, x.shape[1]).rows()
+    cut = tiles(rowmap, plan.m)
     for dtype in kinds(entry for _, entry in table.entries(rowmap)):
         block[(len(cut), triton.cdiv(x.shape[1], plan.n))](
             x, out, rowmap.order, cut, board, x.stride(0), out.stride(0), x.shape[1],

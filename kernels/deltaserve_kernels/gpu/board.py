@@ -22,7 +22,8 @@ def bits(number: float) -> int:
 class Board:
     """Follows a SlotTable. `row` says what a kernel wants to know of an entry, the kind first.
 
-    Memory stays where it is for ever: rows are overwritten in place, between forwards.
+    It raises ValueError for an entry that the kernel could not read. Memory stays where it is for ever: rows are
+    overwritten in place, between forwards.
     """
 
     def __init__(self, table: SlotTable, columns: int, row: Callable[[int, Entry], Sequence[int]]) -> None:
@@ -34,11 +35,12 @@ class Board:
         self._rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, table: SlotTable, columns: int, row: Callable[[int, Entry], Sequence[int]]) -> "Board":
-        """The table's board; made when a kernel first asks for it."""
-        found = table.kept.get("board")
+    def of(cls, table: SlotTable, columns: int, row: Callable[..., Sequence[int]], *widths: int) -> "Board":
+        """The table's board for rows of these widths, which `row` gets too; made when a kernel first asks for it."""
+        name = f"{row.__name__} {widths}"
+        found = table.kept.get(name)
         if found is None:
-            found = table.kept["board"] = cls(table, columns, row)
+            found = table.kept[name] = cls(table, columns, lambda slot, entry: row(slot, entry, *widths))
         assert isinstance(found, cls)
         return found
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.gpu import demands
 from deltaserve_kernels.gpu.board import KINDS, Board
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores
 from deltaserve_kernels.gpu.numbers import numbers
@@ -63,40 +64,50 @@ def dense(
     tl.store(out, acc.to(y.dtype.element_ty), mask=seen)
 
 
-def weights(_: int, entry: Entry) -> tuple[int, ...]:
+def weights(slot: int, entry: Entry, inputs: int, width: int) -> tuple[int, ...]:
     """A slot's row of the board: columns weight [out, in] and bias, scalar replace."""
-    weight, bias = entry.tensors
-    assert weight is not None and weight.is_contiguous()
-    told = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
+    weight = demands.tensor("weight", slot, entry.tensors[0], (width, inputs))
+    told = (0, 0)
+    if entry.tensors[1] is not None:
+        bias = demands.tensor("bias", slot, entry.tensors[1], (width,))
+        told = (bias.data_ptr(), KINDS[bias.dtype])
     return (KINDS[weight.dtype], weight.data_ptr(), weight.shape[0], *told, int(entry.scalars[0]), 0)
 
 
-def outputs(_: int, entry: Entry) -> tuple[int, ...]:
-    """The same of Rows: columns index [n] and values [n, in], which replace."""
-    index, values = entry.tensors
-    assert index is not None and values is not None and index.dtype == torch.int32 and values.is_contiguous()
+def outputs(slot: int, entry: Entry, inputs: int, width: int) -> tuple[int, ...]:
+    """The same of Rows: columns index [n], below the width, and values [n, in], which replace."""
+    index = demands.tensor("index", slot, entry.tensors[0], (None,), dtypes=(torch.int32,))
+    values = demands.tensor("values", slot, entry.tensors[1], (index.shape[0], inputs))
+    if index.shape[0] > width:
+        raise ValueError(f"index: of slot {slot}, {index.shape[0]} places; rows are {width} wide")
     return (KINDS[values.dtype], values.data_ptr(), values.shape[0], 0, 0, 1, index.data_ptr())
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """y += x Wᵀ + b, or y = x Wᵀ + b, in place. y [rows, out], x [rows, in], of any float dtype."""
+    """y += x Wᵀ + b, or y = x Wᵀ + b, in place. y [rows, out], x [rows, in], of any float dtype.
+
+    Raises ValueError, before anything is launched, where rows, a slot or what it has cannot be read so.
+    """
+    demands.rows(rowmap, table, y=y, x=x)
+    board = Board.of(table, COLUMNS, weights, x.shape[1], y.shape[1])
     entries = [entry for _, entry in table.entries(rowmap)]
-    most = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
-    _launch(y, x, rowmap, Board.of(table, COLUMNS, weights), kinds(entries), most)
+    _launch(y, x, rowmap, board, kinds(entries), y.shape[1])
 
 
 def replace_outputs(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """y[:, index] = x valuesᵀ in place. y [rows, vocabulary], x [rows, in], of any float dtype."""
+    """y[:, index] = x valuesᵀ in place. y [rows, vocabulary], x [rows, in], of any float dtype; raises as `apply`."""
+    demands.rows(rowmap, table, y=y, x=x)
+    board = Board.of(table, COLUMNS, outputs, x.shape[1], y.shape[1])
     entries = [entry for _, entry in table.entries(rowmap)]
     most = max(int(entry.tensors[1].shape[0]) for entry in entries if entry.tensors[1] is not None)
-    _launch(y, x, rowmap, Board.of(table, COLUMNS, outputs), kinds(entries, 1), most)
+    _launch(y, x, rowmap, board, kinds(entries, 1), most)
 
 
 def _launch(
     y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, board: Board, dtypes: list[torch.dtype], most: int
 ) -> None:
     plan = DENSE.choose(rowmap)
-    cut, told = tiles(rowmap, plan.m), board.rows()
+    told, cut = board.rows(), tiles(rowmap, plan.m)
     for dtype in dtypes:
         dense[(len(cut), triton.cdiv(most, plan.n))](
             y, x, rowmap.order, cut, told, y.stride(0), x.stride(0), x.shape[1],

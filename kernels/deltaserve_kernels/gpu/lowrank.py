@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.gpu import demands
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
@@ -20,6 +21,8 @@ from deltaserve_kernels.slots import Entry, SlotTable
 
 COLUMNS = 13
 """A's kind, A, B, rank, row strides of A and B, scale, outer, its kind, inner, its kind, its dimensions, B's kind."""
+MOST_RANK = 1 << 14
+"""Places in an inner [r, r] are int32."""
 
 
 @triton.jit
@@ -129,20 +132,31 @@ def expand(
     tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
 
 
-def row(_: int, entry: Entry) -> tuple[int, ...]:
-    """A slot's row of the board."""
-    a, b, inner, outer = entry.tensors
-    assert a is not None and b is not None
-    assert a.stride(1) == b.stride(1) == 1, "rows of A and B are contiguous"
-    places = (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
-    after = (0, 0) if outer is None else (outer.data_ptr(), KINDS[outer.dtype])
-    between = (0, 0, 0) if inner is None else (inner.data_ptr(), KINDS[inner.dtype], inner.ndim)
+def row(slot: int, entry: Entry, inputs: int, outputs: int) -> tuple[int, ...]:
+    """A slot's row of the board, for rows of so many inputs and outputs."""
+    a = demands.tensor("A", slot, entry.tensors[0], (None, inputs), strided=True)
+    rank = a.shape[0]
+    if rank > MOST_RANK:
+        raise ValueError(f"A: of slot {slot}, rank {rank}; at most {MOST_RANK} is read")
+    b = demands.tensor("B", slot, entry.tensors[1], (outputs, rank), strided=True)
+    after, between = (0, 0), (0, 0, 0)
+    if entry.tensors[3] is not None:
+        outer = demands.tensor("outer", slot, entry.tensors[3], (outputs,))
+        after = (outer.data_ptr(), KINDS[outer.dtype])
+    if entry.tensors[2] is not None:
+        inner = demands.tensor("inner", slot, entry.tensors[2], (rank,) * min(max(entry.tensors[2].ndim, 1), 2))
+        between = (inner.data_ptr(), KINDS[inner.dtype], inner.ndim)
+    places = (a.data_ptr(), b.data_ptr(), rank, a.stride(0), b.stride(0))
     return (KINDS[a.dtype], *places, bits(entry.scalars[0]), *after, *between, KINDS[b.dtype])
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
-    """y += scale · outer ⊙ (x Aᵀ D Bᵀ) in place. y [rows, out], x [rows, in], of any float dtype."""
-    board = Board.of(table, COLUMNS, row).rows()
+    """y += scale · outer ⊙ (x Aᵀ D Bᵀ) in place. y [rows, out], x [rows, in], of any float dtype.
+
+    Raises ValueError, before anything is launched, where rows, a slot or what it has cannot be read so.
+    """
+    demands.rows(rowmap, table, y=y, x=x)
+    board = Board.of(table, COLUMNS, row, x.shape[1], y.shape[1]).rows()
     entries = [entry for _, entry in table.entries(rowmap)]
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
     plan = LOW_RANK.choose(rowmap)

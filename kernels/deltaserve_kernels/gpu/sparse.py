@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.gpu import demands
 from deltaserve_kernels.gpu.board import Board
 from deltaserve_kernels.gpu.tiling import members, owner, tiles
 from deltaserve_kernels.rowmap import RowMap
@@ -51,13 +52,20 @@ def sparse(
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SparseTable) -> None:
-    """y += x Sᵀ in place. y [rows, out], x [rows, in], of any float dtype."""
+    """y += x Sᵀ in place. y [rows, out], x [rows, in], of any float dtype; places are within both.
 
-    def row(slot: int, entry: Entry) -> tuple[int, ...]:
-        inputs, begins, values = table.bags(slot, entry, y.shape[1])
+    Raises ValueError, before anything is launched, where rows, a slot or what it has cannot be read so.
+    """
+
+    def row(slot: int, entry: Entry, outputs: int) -> tuple[int, ...]:
+        index = demands.tensor("index", slot, entry.tensors[0], (2, None), dtypes=(torch.int32,))
+        demands.tensor("values", slot, entry.tensors[1], (index.shape[1],))
+        inputs, begins, values = table.bags(slot, entry, outputs)
         return (1, inputs.data_ptr(), begins.data_ptr(), values.data_ptr(), inputs.shape[0])
 
-    cut, board = tiles(rowmap, M), Board.of(table, COLUMNS, row).rows()
+    demands.rows(rowmap, table, y=y, x=x)
+    board = Board.of(table, COLUMNS, row, y.shape[1]).rows()
+    cut = tiles(rowmap, M)
     sparse[(len(cut), triton.cdiv(y.shape[1], N))](
         y, x, rowmap.order, cut, board, y.stride(0), x.stride(0), y.shape[1],
         COLUMNS=COLUMNS, M=M, N=N, num_warps=WARPS,

@@ -86,7 +86,7 @@ def _dense(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
 
 
 def _affine(rows: torch.dtype) -> Iterator[Variant]:
-    sides = [("in", affine.IN_SCALE, 0)] + ([("out", affine.SCALE, affine.SHIFT)] if rows == torch.float32 else [])
+    sides = [("in", affine.SCALE, 0)] + ([("out", affine.SCALE, affine.SHIFT)] if rows == torch.float32 else [])
     for side, scale, shift in sides:
         yield Variant(
             f"affine {side} {rows}".replace("torch.", ""), affine.affine,
