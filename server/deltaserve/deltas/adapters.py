@@ -107,7 +107,7 @@ class Fusion:
     """AdapterFusion (arXiv 2005.00247): each row attends over what the members make of it.
 
     Member k gives u_k = scale_k · f_k(n_k(x_k) Down_kᵀ + down_bias_k) Up_kᵀ + up_bias_k: of a member nothing else but
-    its `input` counts. With q = tap `carry` (nothing where None), and t = tap `query_tap`:
+    its `input` counts. With q = carry_scale · (tap `carry`, nothing where None), and t = tap `query_tap`:
 
         members_carry: u_k := u_k + q before both products, and no + q at the end
         p = softmax_k((Wq t + bq) · (Wk u_k + bk));   c = Σ_k p_k · Wv u_k + q
@@ -124,6 +124,7 @@ class Fusion:
     value: torch.Tensor | None = None
     query_tap: Tap = Tap.OUTPUT
     carry: Tap | None = Tap.OUTPUT
+    carry_scale: float = 1.0
     members_carry: bool = False
     carry_inside: bool = False
     after: OwnNorm | None = None

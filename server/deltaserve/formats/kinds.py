@@ -6,6 +6,7 @@ KINDS: tuple[str, ...] = (
     *("unilora", "tinylora", "poly", "randlora", "frod", "waveft", "psoft", "osf", "deft", "peanut", "glora"),
     *("beft", "ia3", "prefix-tuning", "cartridge", "prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning"),
     *("adapter", "parallel-adapter", "low-rank-adapter", "compacter", "soft-prompt", "bitfit"),
+    *("adapter-fusion", "invertible-adapter", "mtl-lora", "reft"),
     *("trainable-tokens", "bias", "head", "selective-module"),
 )
 """Methods first, what goes with them after: the order in which a delta names its own."""

@@ -24,11 +24,22 @@ class Ledger:
         """What the operator should know; see `warn`."""
         self.taken = 0
         self._tensors = tensors
-        self._left = {renamed(name): name for name in tensors.names()}
+        self._left: dict[str, str] = {}
+        for name in tensors.names():
+            asked = renamed(name)
+            if asked in self._left:
+                raise BadCheckpoint(
+                    f"tensors {shown(self._left[asked])} and {shown(name)} are for one and the same place"
+                )
+            self._left[asked] = name
 
     def has(self, name: str) -> bool:
         """Whether a tensor is there that nobody has taken."""
         return name in self._left
+
+    def names(self) -> tuple[str, ...]:
+        """All that are left."""
+        return tuple(self._left)
 
     def below(self, module: str) -> tuple[str, ...]:
         """Tensors left at a module or below."""

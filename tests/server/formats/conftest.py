@@ -38,6 +38,13 @@ CONFIGS = {
     "t5": ("AutoModelForSeq2SeqLM", lambda: transformers.T5Config(
         vocab_size=40, d_model=16, d_kv=8, num_heads=2, d_ff=24, num_layers=2, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=1)),
+    "llama": ("AutoModelForCausalLM", lambda: transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0)),
+    "gemma2": ("AutoModelForCausalLM", lambda: transformers.Gemma2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0)),
 }  # fmt: skip
 
 

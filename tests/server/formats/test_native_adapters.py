@@ -67,6 +67,7 @@ def fused() -> Fusion:
         value=next(square),
         query_tap=Tap.SUM,
         carry=Tap.RESIDUAL,
+        carry_scale=0.5,
         members_carry=True,
         carry_inside=True,
         after=norm(),

@@ -18,6 +18,7 @@ import torch
 from deltaserve.deltas.adapters import Bottleneck, Coupling, Fusion
 from deltaserve.deltas.primitives import Affine, Block, Dense, HeadLayer, LowRank, Prefix, Rows, SoftPrompt, Sparse
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.folder import NATIVE_KEY
 
 Part = (
     LowRank | Affine | Block | Dense | Sparse | Rows | Prefix | Bottleneck | Fusion | SoftPrompt | HeadLayer | Coupling
@@ -25,7 +26,7 @@ Part = (
 Record = dict[str, Any]
 
 PRIMITIVES: Mapping[str, type] = {made.__name__: made for made in typing.get_args(Part)}
-KEY, VERSION = "deltaserve_delta", 2
+KEY, VERSION = NATIVE_KEY, 2
 """The config's key that only this format writes, and what it is now."""
 TYPE = "type"
 MOST_NUMBER = 1 << 31
