@@ -1,13 +1,15 @@
 """Everything one forward needs, built once per forward; and Now, its holder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
+from deltaserve.deltas.adapters import Positions
 from deltaserve.deltas.sites import Axis
 from deltaserve_kernels.attention.sequences import Sequences
-from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.rowmap import Grid, RowMap
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Plan:
     averaged: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """Where a slot's soft prompt stands in each of its sequences: `rows` of it, behind `place` rows of their own."""
+
+    rows: int
+    place: int = 0
+
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -65,11 +75,30 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 class Now:
     """The forward that is running. Shared by all wrapped modules of one backbone; written by the engine's thread alone.
 
-    `cache`: keys and values [tokens, kv_heads, head_dim] by attention site.
+    `cache`: keys and values [tokens, kv_heads, head_dim] by attention site. `prompted`: where soft prompts stand. For
+    the length of one forward: `kept`, what modules were given, [rows, width] by name, until the adapters that read it
+    have; `instead`, rows that stand for what a norm gives, by its name: where, and [n, width]; `reached`, an axis's map
+    with those rows alone that `Positions` names.
     """
 
     plan: Plan | None = None
     cache: Mapping[str, KeysValues] = field(default_factory=dict)
+    prompted: dict[int, Prompted] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    instead: dict[str, list[tuple[Grid, torch.Tensor]]] = field(default_factory=dict)
+    reached: dict[tuple[Axis, Positions], RowMap] = field(default_factory=dict)
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[None]:
+        """Within, `plan` is the one of the forward that runs."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = None
+            self.kept.clear()
+            self.instead.clear()
+            self.reached.clear()
 
     def rowmap(self, axis: Axis) -> RowMap:
         assert self.plan is not None, "a wrapped module ran outside a forward"

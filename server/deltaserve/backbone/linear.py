@@ -2,6 +2,8 @@
 
 import torch
 
+from deltaserve.backbone.adapters import Chain
+from deltaserve.backbone.ending import View
 from deltaserve.backbone.wrap import Columns, WrappedModule
 from deltaserve.deltas.primitives import Affine, Block, Dense, LowRank, Rows, SitePrimitive, Sparse
 from deltaserve.deltas.sites import Site
@@ -18,6 +20,7 @@ class WrappedLinear(WrappedModule):
 
     def __init__(self, site: Site, module: torch.nn.Module, now: Now, slots: int, device: torch.device) -> None:
         super().__init__(site, module, now)
+        self.adapters: Chain = Chain(slots, device)
         self._turn_in, self._turn_out = block.BlockTable(slots, device), block.BlockTable(slots, device)
         self._affine = affine.AffineTable(slots, device)
         self._dense = dense.DenseTable(slots, device)
@@ -63,4 +66,6 @@ class WrappedLinear(WrappedModule):
         rows.replace_outputs(total, u, rowmap, self._rows)
         block.turn(total, rowmap, self._turn_out)
         affine.scale_output(total, rowmap, self._affine)
+        if self.adapters.touches(rowmap):
+            self.adapters.apply(View(self._now, self.site.axis, flat, total, y.dtype, self.adapters.ending))
         return total.to(y.dtype).view(*x.shape[:-1], total.shape[-1])

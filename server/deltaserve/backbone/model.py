@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaserve.backbone import survey
 from deltaserve.backbone.attention import AttentionSite, attach
 from deltaserve.backbone.embedding import WrappedEmbedding
+from deltaserve.backbone.ending import Ending
 from deltaserve.backbone.families import Family, Shape
 from deltaserve.backbone.linear import WrappedLinear
 from deltaserve.backbone.norm import WrappedNorm
@@ -78,6 +79,7 @@ class Backbone:
             for site in self.spec.sites.values()
             if site.type in _WRAPS
         }
+        self._open_sublayers()
         self._attention = self._open_attention()
         self._prompts = PromptTable(SLOTS, self.device)
         self._pooler = self._take_pooler()
@@ -132,11 +134,8 @@ class Backbone:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Rows:
         """One forward of the mixed batch. All rows of a request equal what it would get alone."""
-        self._now.plan = plan
-        try:
+        with self._now.running(plan):
             return _FORWARDS[self.family.shape](self, plan)
-        finally:
-            self._now.plan = None
 
     @torch.inference_mode()
     def logits(self, plan: Plan, rows: Rows) -> torch.Tensor:
@@ -146,11 +145,8 @@ class Backbone:
         hidden = hidden[plan.sampled]
         if getattr(self.model.config, "scale_decoder_outputs", False):
             hidden = hidden * self.model.model_dim**-0.5
-        self._now.plan = plan
-        try:
+        with self._now.running(plan):
             logits = self.model.lm_head(hidden)
-        finally:
-            self._now.plan = None
         assert isinstance(logits, torch.Tensor)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -206,6 +202,23 @@ class Backbone:
             out = decoder(inputs_embeds=embeddings, encoder_hidden_states=memory, use_cache=False)
             decoded = out.last_hidden_state[0]
         return Rows(tokens=encoded, decoder=decoded, pooled=None)
+
+    def _open_sublayers(self) -> None:
+        """Tells the last linear of each sublayer what stands around it."""
+        norms = {name: module for name, module in self._wrapped.items() if isinstance(module, WrappedNorm)}
+
+        def norm(name: str, last: Site) -> WrappedNorm:
+            if name not in norms:  # an Identity: no site, and its rows are kept all the same
+                site = Site(name, SiteType.NORM, last.axis, last.out_features, last.out_features)
+                norms[name] = WrappedNorm(site, self._modules[name], self._now, SLOTS, self.device)
+            return norms[name]
+
+        for sublayer in self.spec.sublayers:
+            last = self._wrapped[sublayer.last]
+            assert isinstance(last, WrappedLinear)
+            sandwich = None if sublayer.sandwich is None else norms[sublayer.sandwich]
+            first = self._wrapped[sublayer.first[0]]
+            last.adapters.ending = Ending(sublayer, first, norm(sublayer.norm, last.site), sandwich, norms.__getitem__)
 
     def _open_attention(self) -> dict[str, AttentionSite]:
         found: dict[str, AttentionSite] = {}
