@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from deltaserve_kernels.activations import activated
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
-
 Layer = tuple[torch.Tensor, torch.Tensor | None, str | None]
-"""Weight [out, in], bias [out] or None, activation or None."""
+"""Weight [out, in], bias [out] or None, activation (see `activations`) or None."""
 
 
 class DenseTable(SlotTable):
@@ -61,16 +60,19 @@ def heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]
 
     Returns a row's outputs as fp32 [width of its head], in row order.
     """
+    bare = rowmap.rows - sum(run.rows for run in rowmap.runs)
+    assert not bare and all(run.slot in layers for run in rowmap.runs), "a row without a head"
+    return path(_HEADS, x.device)(x, rowmap, layers)
+
+
+def reference_heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for run in rowmap.runs:
-        assert run.start == len(out), "a row without a head"
         hidden = x[run.start : run.stop].float()
         for weight, bias, activation in layers[run.slot]:
             hidden = torch.nn.functional.linear(hidden, weight.float(), None if bias is None else bias.float())
-            if activation is not None:
-                hidden = _ACTIVATIONS[activation](hidden)
+            hidden = activated(hidden, activation)
         out.extend(hidden.unbind(0))
-    assert len(out) == rowmap.rows, "a row without a head"
     return out
 
 
@@ -80,4 +82,11 @@ def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: DenseTable) 
     dense.apply(y, x, rowmap, table)
 
 
+def triton_heads(x: torch.Tensor, rowmap: RowMap, layers: Mapping[int, Sequence[Layer]]) -> list[torch.Tensor]:
+    from deltaserve_kernels.gpu import heads as gpu
+
+    return gpu.heads(x, rowmap, layers)
+
+
+_HEADS = {Implementation.REFERENCE: reference_heads, Implementation.TRITON: triton_heads}
 _PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -21,8 +21,11 @@ def replace_rows(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: Rows
 
     y [rows, width], any float dtype; ids int64 [rows]. Bare rows and other ids are not touched.
     """
-    if not table.touches(rowmap):
-        return
+    if table.touches(rowmap):
+        path(_ROWS, y.device)(y, ids, rowmap, table, scale)
+
+
+def reference_rows(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: RowsTable, scale: float) -> None:
     for run, entry in table.entries(rowmap):
         index, values = entry.tensors[_INDEX], entry.tensors[_VALUES]
         assert index is not None and values is not None
@@ -54,4 +57,11 @@ def triton(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: RowsTable) -
     dense.replace_outputs(y, x, rowmap, table)
 
 
+def triton_rows(y: torch.Tensor, ids: torch.Tensor, rowmap: RowMap, table: RowsTable, scale: float) -> None:
+    from deltaserve_kernels.gpu import embed
+
+    embed.replace_rows(y, ids, rowmap, table, scale)
+
+
+_ROWS = {Implementation.REFERENCE: reference_rows, Implementation.TRITON: triton_rows}
 _OUTPUTS = {Implementation.REFERENCE: reference, Implementation.TRITON: triton}

@@ -38,7 +38,7 @@ def test_weights_are_added_or_replace(inner, outer, dtype, spread, rows_of, impl
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_heads_of_different_widths_and_depths(dtype, spread, rows_of):
+def test_heads_of_different_widths_and_depths(dtype, spread, rows_of, implementation):
     rowmap, each = rows_of(spread, 3)
     if -1 in each:
         with pytest.raises(AssertionError, match="without a head"):
@@ -53,7 +53,8 @@ def test_heads_of_different_widths_and_depths(dtype, spread, rows_of):
         for slot, act in enumerate(("tanh", "tanh", "relu", "gelu", None))
     }
     x = torch.randn(rowmap.rows, 9).to(dtype)
-    ours = dense.heads(x, rowmap, layers)
+    with forced(implementation):
+        ours = dense.heads(x, rowmap, layers)
     assert len(ours) == rowmap.rows
     for row, slot in enumerate(each):
         h = x[row].double()
@@ -64,7 +65,7 @@ def test_heads_of_different_widths_and_depths(dtype, spread, rows_of):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prompt_rows_take_their_places(dtype):
+def test_prompt_rows_take_their_places(dtype, implementation):
     table = embed.PromptTable(4, CPU)
     prompts = {0: torch.randn(5, 7), 2: torch.randn(3, 7).to(dtype)}
     for slot, rows in prompts.items():
@@ -72,10 +73,13 @@ def test_prompt_rows_take_their_places(dtype):
     embeddings = torch.randn(12, 7).to(dtype)
     before = embeddings.clone()
     embeddings[[0, 1, 2, 6, 7, 8]] = poisoned(6, 7, dtype=dtype)
-    embed.prompt_rows(embeddings, table, [(0, 0, 2, 3), (2, 6, 0, 3)])
-    assert torch.equal(embeddings[0:3], prompts[0][2:5].to(dtype)) and torch.equal(embeddings[6:9], prompts[2])
+    with forced(implementation):
+        embed.prompt_rows(embeddings, table, [(0, 0, 2, 3), (2, 6, 0, 3)])
+    # The interpreter cuts bfloat16 where GPUs round.
+    assert torch.allclose(embeddings[0:3].float(), prompts[0][2:5], rtol=2**-7 if dtype is torch.bfloat16 else 2**-10)
+    assert torch.equal(embeddings[6:9], prompts[2])
     assert torch.equal(embeddings[[3, 4, 5, 9, 10, 11]], before[[3, 4, 5, 9, 10, 11]])
-    with pytest.raises(AssertionError, match="slot 1"):
+    with forced(implementation), pytest.raises((AssertionError, ValueError), match="slot 1"):
         embed.prompt_rows(embeddings, table, [(1, 0, 0, 1)])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltaserve_kernels import affine, block, cost, dense, lowrank, rows, sparse
+from deltaserve_kernels import affine, block, cost, dense, embed, lowrank, rows, sparse
 from deltaserve_kernels.attention import PrefixTable, RelativeBias, Sequence, Sequences, attend
 from deltaserve_kernels.cost import Cost
 from deltaserve_kernels.dispatch import Implementation, forced
@@ -309,6 +309,33 @@ def _block_of_inputs(scene: Scene) -> Run:
     return lambda: block.turned(x, scene.rowmap, table).float(), costs
 
 
+def _embedded(scene: Scene) -> Run:
+    ids = torch.randint(0, 20, (scene.rowmap.rows,))
+    whole, own = embed.EmbeddingTable(5, CPU), rows.RowsTable(5, CPU)
+    for slot in (0, 1, 3, 4):
+        index, values = (
+            torch.arange(slot, 20, 3, dtype=torch.int32),
+            scene.pages.whole(scene.normal(7, OUT)[: (22 - slot) // 3]),
+        )
+        own.put(slot, (index, values[: len(index)]))
+        scene.watch.known += [index, values]
+        if slot != 3:
+            whole.put(slot, (scene.pages.whole(scene.normal(20, OUT)),))
+            scene.watch.known.append(whole.get(slot).tensors[0])
+    low = scene.table(
+        embed.LookupTable(5, CPU), lambda slot: ((scene.normal(7, 20), scene.normal(OUT, 7), None, None), (0.5,))
+    )
+    weight = scene.pages.whole(scene.normal(20, OUT))
+    scene.watch.given.append(weight)
+
+    def once() -> torch.Tensor:
+        y = scene.pages.rows(embed.rows_of(ids, scene.rowmap, weight, whole, own))
+        embed.add_low_rank(y, ids, scene.rowmap, low)
+        return y.float()
+
+    return once, cost.NOTHING
+
+
 def _added(scene: Scene, y: torch.Tensor, run: Callable[[torch.Tensor], None]) -> Callable[[], torch.Tensor]:
     def once() -> torch.Tensor:
         into = scene.pages.rows(y)
@@ -326,6 +353,7 @@ OPS: dict[str, Op] = {
     "sparse": _sparse,
     "affine": _affine,
     "block": _block,
+    "embeddings": _embedded,
     "block of inputs": _block_of_inputs,
 }
 
@@ -347,8 +375,13 @@ def test_linears_touch_nothing_else(op, dtype, who, regime, watch):
     with forced(Implementation.TRITON):
         ours = run()
     assert watch.outside == [] and watch.launches > 0 and watch.accesses > 0
-    rounded = {torch.float32: 1e-5, torch.float16: 1e-3 if op in ("affine", "block of inputs") else 1e-5}[dtype]
+    rounded = {torch.float32: 1e-5, torch.float16: 1e-3 if op in ("affine", "block of inputs", "embeddings") else 1e-5}[
+        dtype
+    ]
     assert error_ratio(ours[scene.mine], right[scene.mine]) <= rounded
+    if op == "embeddings":
+        assert torch.equal(ours[~scene.mine], right[~scene.mine]) and scene.pages.unharmed()
+        return
     assert ours[~scene.mine].isnan().all()
     assert scene.pages.unharmed()
     assert (len(watch.read), len(watch.written)) == (costs.read, costs.written)

@@ -35,12 +35,12 @@ class Board:
         self._rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, table: SlotTable, columns: int, row: Callable[..., Sequence[int]], *widths: int) -> "Board":
-        """The table's board for rows of these widths, which `row` gets too; made when a kernel first asks for it."""
-        name = f"{row.__name__} {widths}"
+    def of(cls, table: SlotTable, columns: int, row: Callable[..., Sequence[int]], *told: float) -> "Board":
+        """The table's board for rows of these widths (`told`, which `row` gets too); made when a kernel first asks."""
+        name = f"{row.__module__}.{row.__name__} {told}"
         found = table.kept.get(name)
         if found is None:
-            found = table.kept[name] = cls(table, columns, lambda slot, entry: row(slot, entry, *widths))
+            found = table.kept[name] = cls(table, columns, lambda slot, entry: row(slot, entry, *told))
         assert isinstance(found, cls)
         return found
 

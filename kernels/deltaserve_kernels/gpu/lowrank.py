@@ -15,7 +15,7 @@ from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
 from deltaserve_kernels.gpu.tiling import members, owner, tiles
-from deltaserve_kernels.gpu.tuning import LOW_RANK
+from deltaserve_kernels.gpu.tuning import LOW_RANK, Tiles
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
 
@@ -132,8 +132,8 @@ def expand(
     tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
 
 
-def row(slot: int, entry: Entry, inputs: int, outputs: int) -> tuple[int, ...]:
-    """A slot's row of the board, for rows of so many inputs and outputs."""
+def row(slot: int, entry: Entry, inputs: int, outputs: int, factor: float = 1.0) -> tuple[int, ...]:
+    """A slot's row of the board, for rows of so many inputs and outputs; what is added is multiplied by `factor`."""
     a = demands.tensor("A", slot, entry.tensors[0], (None, inputs), strided=True)
     rank = a.shape[0]
     if rank > MOST_RANK:
@@ -147,7 +147,7 @@ def row(slot: int, entry: Entry, inputs: int, outputs: int) -> tuple[int, ...]:
         inner = demands.tensor("inner", slot, entry.tensors[2], (rank,) * min(max(entry.tensors[2].ndim, 1), 2))
         between = (inner.data_ptr(), KINDS[inner.dtype], inner.ndim)
     places = (a.data_ptr(), b.data_ptr(), rank, a.stride(0), b.stride(0))
-    return (KINDS[a.dtype], *places, bits(entry.scalars[0]), *after, *between, KINDS[b.dtype])
+    return (KINDS[a.dtype], *places, bits(entry.scalars[0] * factor), *after, *between, KINDS[b.dtype])
 
 
 def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -> None:
@@ -160,17 +160,24 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
     entries = [entry for _, entry in table.entries(rowmap)]
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
     plan = LOW_RANK.choose(rowmap)
-    cut, r = tiles(rowmap, plan.m), plan.r
+    cut = tiles(rowmap, plan.m)
     planes = torch.empty(plan.split, len(rowmap.order), ranks, dtype=torch.float32, device=x.device)
     for dtype in kinds(entries):
-        shrink[(len(cut), triton.cdiv(ranks, r), plan.split)](
+        shrink[(len(cut), triton.cdiv(ranks, plan.r), plan.split)](
             x, rowmap.order, cut, board, planes, x.stride(0), x.shape[1], planes.stride(0), ranks,
-            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, R=r, K=plan.k, SPLIT=plan.split,
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, R=plan.r, K=plan.k, SPLIT=plan.split,
             HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
         )  # fmt: skip
-    split = plan.split
+    raise_up(y, rowmap, board, planes, plan, entries)
+
+
+def raise_up(
+    y: torch.Tensor, rowmap: RowMap, board: torch.Tensor, planes: torch.Tensor, plan: Tiles, entries: list[Entry]
+) -> None:
+    """y += scale · outer ⊙ (h D Bᵀ) of h, in planes [split, rows that are not bare, ranks]."""
+    cut, r, (split, _, ranks) = tiles(rowmap, plan.m), plan.r, planes.shape
     if any(entry.tensors[2] is not None for entry in entries):
-        turned = torch.empty(1, len(rowmap.order), ranks, dtype=torch.float32, device=x.device)
+        turned = torch.empty(1, len(rowmap.order), ranks, dtype=torch.float32, device=y.device)
         turn[(len(cut), triton.cdiv(ranks, r))](
             cut, board, planes, turned, planes.stride(0), ranks,
             COLUMNS=COLUMNS, M=plan.m, R=r, SPLIT=split, num_warps=plan.warps,

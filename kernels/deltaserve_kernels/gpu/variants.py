@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deltaserve_kernels.gpu import affine, attention, block, dense, lowrank, sparse
+from deltaserve_kernels.gpu import affine, attention, block, dense, embed, lowrank, sparse
 from deltaserve_kernels.gpu.board import KINDS
 from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, precision
 from deltaserve_kernels.gpu.reads import ATTENTION, PART, Reads
@@ -44,8 +44,10 @@ def variants() -> Iterator[Variant]:
         yield from _affine(rows)
         yield from _block(rows, torch.float32)
         yield _sparse(rows)
+        yield from _embed(rows)
         yield from _attention(rows)
     yield from _turns()
+    yield _pick()
 
 
 _DTYPES = (
@@ -115,6 +117,24 @@ def _sparse(rows: torch.dtype) -> Variant:
          "y_stride": "i32", "x_stride": "i32", "width": "i32"},
         {"COLUMNS": sparse.COLUMNS, "M": sparse.M, "N": sparse.N},
         sparse.WARPS, False, ("y", "x", "y_stride", "x_stride", "width"),
+    )  # fmt: skip
+
+
+def _embed(rows: torch.dtype) -> Iterator[Variant]:
+    yield Variant(
+        f"gather {rows}".replace("torch.", ""), embed.gather,
+        {"out": _POINTERS[rows], "ids": "*i64", "slots": "*i32", "base": _POINTERS[rows], "whole": "*i64",
+         "own": "*i64", "out_stride": "i32", "base_stride": "i32", "width": "i32", "based": "i32", "factor": "fp32"},
+        {"COLUMNS": embed.COLUMNS, "N": embed.N},
+        embed.WARPS, False, ("out", "base", "out_stride", "base_stride", "width"),
+    )  # fmt: skip
+
+
+def _pick() -> Variant:
+    return Variant(
+        "pick", embed.pick,
+        {"ids": "*i64", "order": "*i64", "slots": "*i32", "board": "*i64", "planes": "*fp32", "ranks": "i32"},
+        {"COLUMNS": lowrank.COLUMNS, "R": embed.R}, 1, False, ("planes",),
     )  # fmt: skip
 
 

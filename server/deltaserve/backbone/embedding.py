@@ -23,6 +23,7 @@ class WrappedEmbedding(WrappedModule):
         self._turn = block.BlockTable(slots, device)
         self._affine = affine.AffineTable(slots, device)
         self._rows = rows.RowsTable(slots, device)
+        self._plain = type(module) is torch.nn.Embedding and site.factor == 1.0
         self.tables = {
             "whole": self._whole,
             "lowrank": self._lowrank,
@@ -50,9 +51,13 @@ class WrappedEmbedding(WrappedModule):
         return super().placed(primitive)
 
     def applied(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
-        found = self.inner(x)
         ids = x.reshape(-1)
         assert ids.shape[0] == rowmap.rows, f"{self.site.name}: {ids.shape[0]} ids, {rowmap.rows} planned"
+        if self._plain and not any(table.touches(rowmap) for table in (self._lowrank, self._turn, self._affine)):
+            weight = self.module.weight
+            assert isinstance(weight, torch.Tensor)
+            return embed.rows_of(ids, rowmap, weight, self._whole, self._rows).view(*x.shape, -1)
+        found = self.inner(x)
         y = found.reshape(-1, found.shape[-1]).clone()
         embed.look_up(y, ids, rowmap, self._whole, self._scale)
         embed.add_low_rank(y, ids, rowmap, self._lowrank, self._scale)
