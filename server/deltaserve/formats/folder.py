@@ -87,7 +87,8 @@ HUB = Layout(
 )
 HUB_SETUP = Layout("adapter_setup.json", "", "adapter_setup")
 NATIVE = Layout("delta.json", "delta.safetensors", NATIVE_KEY, most_config_bytes=MOST_DELTA_BYTES)
-LAYOUTS = (PEFT, HUB, HUB_SETUP, HUB_FUSION, NATIVE)
+OPENDELTA = Layout(MODEL_CONFIG, "model.safetensors", "delta_type", "pytorch_model.bin")
+LAYOUTS = (PEFT, HUB, HUB_SETUP, HUB_FUSION, NATIVE, OPENDELTA)
 """Of those that share a config's name, the first whose key is in it."""
 
 
@@ -110,10 +111,13 @@ class Folder:
         if not path.is_dir():
             raise BadCheckpoint(f"{path.name!r} is not a folder; a checkpoint is the folder that holds {configs}")
         found = [layout for layout in among if (path / layout.config).is_file()]
+        # transformers' own config may lie beside any other.
+        found = [layout for layout in found if layout.config != MODEL_CONFIG] or found
         there = list(dict.fromkeys(layout.config for layout in found))
         if not there:
             raise BadCheckpoint(
-                f"{path.name!r} holds no {configs}: no checkpoint of PEFT's or AdapterHub's, and no converted delta"
+                f"{path.name!r} holds no {configs}: no checkpoint of PEFT's, AdapterHub's or OpenDelta's, and no "
+                "converted delta"
             )
         if len(there) > 1:
             raise BadCheckpoint(f"{path.name!r} holds {' and '.join(there)}: give each a folder of its own")

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deltaserve.deltas.primitives import Head
+from deltaserve.deltas.primitives import Head, HeadLayer
 from deltaserve.deltas.sites import PROBLEM_TYPES, BackboneSpec, HeadSpec, Task
-from deltaserve.errors import FailedPrecondition, InvalidArgument
+from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
+from deltaserve.formats.ledger import Ledger
 from deltaserve.formats.wanted import Wanted
 
 GUESSED = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
@@ -24,6 +25,26 @@ def head_of(task: Task, backbone: BackboneSpec) -> HeadSpec:
             metadata={"task": task.value},
         )
     return head
+
+
+def layers_of(ledger: Ledger, spec: HeadSpec, width: int) -> Head:
+    """A head by its family's names, whose first layer reads rows of this width. Raises BadCheckpoint."""
+    layers = []
+    for path, activation in spec.layers:
+        name = f"{spec.module}.{path}" if path else spec.module
+        weight = f"{name}.weight"
+        shape = ledger.shape(weight) if ledger.has(weight) else ()
+        outputs = shape[0] if len(shape) == 2 else 1
+        tensor = ledger.take(weight, (outputs, width))
+        bias = ledger.take(f"{name}.bias", (outputs,)) if ledger.has(f"{name}.bias") else None
+        layers.append(HeadLayer(tensor, bias, activation))
+        width = outputs
+    if spec.outputs not in (None, width):
+        raise BadCheckpoint(
+            f"the head {spec.module!r} has {width} outputs; for this task it has {spec.outputs}",
+            metadata={"tensor": f"{spec.module}.weight", "outputs": str(width), "expected": str(spec.outputs)},
+        )
+    return Head(tuple(layers))
 
 
 def outputs_of(

@@ -5,7 +5,7 @@ KINDS: tuple[str, ...] = (
     *("loha", "lokr", "fourierft", "c3a", "hira", "oft", "boft", "road", "shira", "supertuning", "ln-tuning"),
     *("unilora", "tinylora", "poly", "randlora", "frod", "waveft", "psoft", "osf", "deft", "peanut", "glora"),
     *("beft", "ia3", "prefix-tuning", "cartridge", "prompt-tuning", "p-tuning", "cpt", "multitask-prompt-tuning"),
-    *("adapter", "parallel-adapter", "low-rank-adapter", "compacter", "soft-prompt", "bitfit"),
+    *("adapter", "parallel-adapter", "low-rank-adapter", "compacter", "bitfit"),
     *("adapter-fusion", "invertible-adapter", "mtl-lora", "reft"),
     *("trainable-tokens", "bias", "head", "selective-module"),
 )

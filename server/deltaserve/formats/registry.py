@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.sites import BackboneSpec, Weights
-from deltaserve.formats import adapterhub, native, peft
+from deltaserve.formats import adapterhub, native, opendelta, peft
 from deltaserve.formats import folder as files
 from deltaserve.formats.folder import Folder, Layout
 from deltaserve.formats.kinds import KINDS
@@ -19,6 +19,7 @@ Lower = Callable[[Folder, BackboneSpec, Weights, Wanted, Work], Delta]
 FORMATS: tuple[tuple[tuple[Layout, ...], Lower], ...] = (
     ((files.PEFT,), peft.lower),
     ((files.HUB, files.HUB_SETUP, files.HUB_FUSION), adapterhub.lower),
+    ((files.OPENDELTA,), opendelta.lower),
     ((files.NATIVE,), native.lower),
 )
 """Whose layouts are lowered by what."""

@@ -2,11 +2,11 @@
 
 import torch
 
-from deltaserve.deltas.primitives import Affine, Dense, Head, HeadLayer
+from deltaserve.deltas.primitives import Affine, Dense, Head
 from deltaserve.deltas.sites import HeadSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats.draft import Draft
-from deltaserve.formats.heads import CLASSIFIES, GUESSED, head_of
+from deltaserve.formats.heads import CLASSIFIES, GUESSED, head_of, layers_of
 from deltaserve.formats.peft import options, ties
 from deltaserve.formats.peft.checkpoint import Checkpoint
 
@@ -64,28 +64,13 @@ def _head_spec(checkpoint: Checkpoint, task: Task) -> HeadSpec | None:
 
 
 def _head(checkpoint: Checkpoint, spec: HeadSpec) -> Head:
-    layers = []
-    width = checkpoint.backbone.hidden_size
-    for path, activation in spec.layers:
-        name = f"{spec.module}.{path}" if path else spec.module
-        weight = f"{name}.weight"
-        shape = checkpoint.shape(weight) if checkpoint.has(weight) else ()
-        outputs = shape[0] if len(shape) == 2 else 1
-        tensor = checkpoint.take(weight, (outputs, width))
-        bias = checkpoint.take(f"{name}.bias", (outputs,)) if checkpoint.has(f"{name}.bias") else None
-        layers.append(HeadLayer(tensor, bias, activation))
-        width = outputs
-    if spec.outputs not in (None, width):
-        raise BadCheckpoint(
-            f"the head {spec.module!r} has {width} outputs; for this task it has {spec.outputs}",
-            metadata={"tensor": f"{spec.module}.weight", "outputs": str(width), "expected": str(spec.outputs)},
-        )
+    head = layers_of(checkpoint, spec, checkpoint.backbone.hidden_size)
     if checkpoint.config.get("bias") == "all":
         # PEFT also saves the biases of the wrapper's two inner copies of a head; the plain names are those that act.
         for inner in ("original_module", "modules_to_save"):
             for copy in checkpoint.below(f"{spec.module}.{inner}"):
                 checkpoint.drop(copy)
-    return Head(tuple(layers))
+    return head
 
 
 def _drop_foreign_heads(checkpoint: Checkpoint, mine: HeadSpec | None) -> None:
