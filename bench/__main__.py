@@ -1,10 +1,14 @@
 """`python -m bench`, from the repository's root."""
 
-import os
+from deltaserve.cli.waiting import spin_briefly
 
-# As in `deltaserve serve`: threads sleep at barriers. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from bench.program import app
+def main() -> None:
+    """The waiting of threads is that of `deltaserve serve`, and told before torch is imported."""
+    spin_briefly()
+    from bench.program import app
 
-app(prog_name="python -m bench")
+    app(prog_name="python -m bench")
+
+
+main()

@@ -1,6 +1,5 @@
 """`deltaserve serve`: each flag is a field of `config.Settings`, which alone knows the defaults; here they are told."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deltaserve.cli.extra import needs
+from deltaserve.cli.waiting import spin_briefly
 
 LISTENING, MODEL, DELTAS, LIMITS, MEMORY, LOGS = "Listening", "Backbone", "Deltas", "Limits", "Memory", "Logs"
 
@@ -219,9 +219,7 @@ def serve(
     with needs("server"):
         from deltaserve.config import settings
     chosen = settings(given(context.params))  # before torch is imported: what is wrong here is told at once
-    # Read when torch is loaded. Threads that spin at a barrier stall as soon as another process wants a core: with a
-    # busy neighbour on two cores, 0.5 ms of small products took 563 ms with spinning threads, 1.3 with sleeping ones.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     with needs("server"):
         from deltaserve.app import serve as run
     raise typer.Exit(run(chosen))
