@@ -7,7 +7,7 @@ import torch
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
+from deltaserve_kernels.stacks import Found, Groups, Stack, Stacks, grouped
 
 _IN, _SCALE, _SHIFT = range(3)
 
@@ -68,28 +68,31 @@ def reference_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: Affin
 
 def cpu_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
     """Short runs in one go, each row by its own row of the stack."""
-    short, long = parted(found)
-    if short:
-        grid = rowmap.grid([run for run, _ in short])
-        scale = table.stacks.of(short, table.generation)[_IN]
+    groups = table.planned("in", rowmap, lambda: _divided(found, rowmap))
+    for group in groups.together:
+        scale = table.stacks.of_group(group, table.generation)[_IN]
         assert scale is not None
-        grid.put(out, (out[grid.rows] * scale.index_select(0, grid.each)).to(out.dtype))
-    reference_input(out, long, rowmap, table)
+        for part, rows in group.grid.pieces(out):
+            part.mul_(scale[rows])
+    reference_input(out, groups.alone, rowmap, table)
 
 
 def cpu_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
-    short, long = parted(found)
-    if short:
-        grid = rowmap.grid([run for run, _ in short])
-        _, scale, shift = table.stacks.of(short, table.generation)
-        part = y[grid.rows]
-        if scale is not None:
-            part.mul_(scale.index_select(0, grid.each))
-        if shift is not None:
-            part.add_(shift.index_select(0, grid.each))
-        if not isinstance(grid.rows, slice):
-            grid.put(y, part)
-    reference_output(y, long, rowmap, table)
+    groups = table.planned("out", rowmap, lambda: _divided(found, rowmap))
+    for group in groups.together:
+        _, scale, shift = table.stacks.of_group(group, table.generation)
+        for part, rows in group.grid.pieces(y):
+            if scale is not None:
+                part.mul_(scale[rows])
+            if shift is not None:
+                part.add_(shift[rows])
+    reference_output(y, groups.alone, rowmap, table)
+
+
+def _divided(found: Found, rowmap: RowMap) -> Groups:
+    """A stack has a row for each row, not for each slot."""
+    groups = grouped(found, rowmap, lambda _: None)
+    return Groups(tuple(group.by_row() for group in groups.together), groups.alone)
 
 
 def _stacked(entries: Sequence[Entry]) -> Stack:

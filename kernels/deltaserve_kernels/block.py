@@ -1,16 +1,18 @@
 """Block: rows times a block-diagonal matrix, before or after a linear. OFT, BOFT, RoAd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Stacks, parted
+from deltaserve_kernels.stacks import Group, Stacks, grouped
 
 _SMALL = 8
 """Width of blocks up to which sums over whole rows beat many small products."""
+_FEW = 1 << 16
+"""Products that may stand in memory at one time: more are slower than other ways."""
 
 
 class BlockTable(SlotTable):
@@ -27,9 +29,11 @@ class BlockTable(SlotTable):
         """Bytes of the stacked copies."""
         return self.stacks.nbytes
 
-    def stack(self, found: Found, shape: torch.Size) -> torch.Tensor:
-        """See `_stacked`; of these runs' slots, whose blocks are all of one shape."""
-        (blocks,) = self.stacks.of(found, self.generation, shape)
+    def stack(self, group: Group) -> torch.Tensor:
+        """See `_stacked`; of a group's slots, whose blocks are all of one shape. That of one slot is not kept."""
+        if len(group.slots) == 1:
+            return _stacked([group.found[0][1]])
+        (blocks,) = self.stacks.of_group(group, self.generation)
         assert blocks is not None
         return blocks
 
@@ -60,24 +64,30 @@ def reference(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTa
 
 
 def cpu(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:
-    """Short runs whose blocks are alike in one batched product."""
-    short, long = parted(table.entries(rowmap))
-    alike: dict[torch.Size, Found] = {}
-    for each in short:
-        alike.setdefault(_blocks(each[1]).shape, []).append(each)
-    for shape, found in alike.items():
-        grid = rowmap.grid([run for run, _ in found])
-        grid.put(out, grid.given(_way(shape)(grid.taken(x).float(), table.stack(found, shape))).to(out.dtype))
-    for run, entry in long:
+    """Short runs whose blocks are alike in one go; a single run is enough for that."""
+    groups = table.planned("", rowmap, lambda: grouped(table.entries(rowmap), rowmap, _shape, least=1))
+    for group in groups.together:
+        grid = group.grid
+        grid.put(out, grid.given(_turned(grid.taken(x).float(), table.stack(group))))
+    for run, entry in groups.alone:
         part = x[run.start : run.stop].float().unsqueeze(0)
-        out[run.start : run.stop] = _way(_blocks(entry).shape)(part, _stacked([entry]))[0].to(out.dtype)
+        out[run.start : run.stop] = _turned(part, _stacked([entry]))[0].to(out.dtype)
 
 
-def _way(shape: torch.Size) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Of x fp32 [slots, depth, width] and `_stacked` blocks of this shape to x′."""
-    if len(shape) == 4:
-        return _apart
-    return _together if shape[-1] > _SMALL else _small
+def _turned(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Of x fp32 [slots, depth, width] and blocks [slots, n, b, b] or [slots, m, b, b, s] to x′."""
+    if x.numel() * blocks.shape[3] <= _FEW:
+        return _summed(x, blocks)
+    if blocks.ndim == 5:
+        return _apart(x, blocks)
+    return _together(x, blocks) if blocks.shape[3] > _SMALL else _small(x, blocks)
+
+
+def _summed(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Each number times its row of its block, all in memory at one time."""
+    slots, groups, width, _, *apart = blocks.shape
+    parts = x.view(slots, -1, groups, width, 1, *apart)
+    return (parts * blocks.unsqueeze(1)).sum(3).view(x.shape)
 
 
 def _together(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -99,9 +109,10 @@ def _apart(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 def _small(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """As if what stands together stood apart."""
-    slots, _, width, _, count = blocks.shape
+    slots, count, width, _ = blocks.shape
+    spaced = blocks.permute(0, 2, 3, 1).unsqueeze(1).contiguous()
     parts = x.view(slots, x.shape[1], count, width).transpose(2, 3).reshape(x.shape)
-    return _apart(parts, blocks).view(slots, x.shape[1], width, count).transpose(2, 3).reshape(x.shape)
+    return _apart(parts, spaced).view(slots, x.shape[1], width, count).transpose(2, 3).reshape(x.shape)
 
 
 def _product(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -117,12 +128,14 @@ def _blocks(entry: Entry) -> torch.Tensor:
     return blocks
 
 
+def _shape(entry: Entry) -> torch.Size:
+    return _blocks(entry).shape
+
+
 def _stacked(entries: Sequence[Entry]) -> torch.Tensor:
-    """fp32 [slots, n, b, b], small ones as [slots, 1, b, b, n]; and [slots, m, b, b, s]. Of blocks of one shape."""
+    """fp32 [slots, ...] of blocks of one shape."""
     each = [_blocks(entry).float() for entry in entries]
-    blocks = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-    small = blocks.ndim == 4 and blocks.shape[-1] <= _SMALL
-    return blocks.permute(0, 2, 3, 1).unsqueeze(1).contiguous() if small else blocks
+    return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
 
 
 def triton(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: BlockTable) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import Enum
+from enum import StrEnum
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ import torch
 Path = TypeVar("Path")
 
 
-class Implementation(Enum):
+class Implementation(StrEnum):
     REFERENCE = "reference"  # obvious, slow, runs anywhere; what the others are compared with
     CPU = "cpu"
     TRITON = "triton"

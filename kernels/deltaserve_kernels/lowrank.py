@@ -3,19 +3,21 @@
 D is diag(inner) where inner is [r], and innerᵀ where it is [r, r].
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
+from deltaserve_kernels.stacks import Found, Group, Groups, Stack, Stacks, grouped
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 _Share = tuple[_Place, _Place, bool]
 """Of A, of B, and whether inner is [r, r]."""
+_PADDED = 1 << 17
+"""Zeros that a product may have to read, in numbers: half a megabyte, some 50 µs."""
 
 
 class LowRankTable(SlotTable):
@@ -57,9 +59,9 @@ class LowRankTable(SlotTable):
             (alone if share is None else sharing.setdefault(share, [])).append((run, entry))
         return alone, list(sharing.values())
 
-    def stack(self, bucket: int, found: Found) -> _Pair:
+    def stack(self, group: Group) -> _Pair:
         """fp32 Aᵀ [slots, in, r] and scale · Bᵀ [slots, r, out], ranks padded with zeros to the largest."""
-        return _both(self._stacks.of(found, self.generation, bucket))
+        return _both(self._stacks.of_group(group, self.generation))
 
     def scales(self, found: Found) -> _Pair:
         """fp32 scale · inner [slots, r] or [slots, r, r] and outer [slots, out], of slots that share A and B."""
@@ -91,30 +93,23 @@ def expanded(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
-    alone, sharing = table.split(rowmap)
+    groups, sharing = table.planned("", rowmap, lambda: divided(table, rowmap))
     for found in sharing:
         _shared(y, x, found, rowmap, table)
-    short, long = parted(alone)
-    alike: dict[int, Found] = {}
-    for each in short:
-        alike.setdefault(_bucket(each[1]), []).append(each)
-    for bucket, found in alike.items():
-        if len(found) == 1:
-            long = [*long, *found]
-        else:
-            _batched(y, x, found, bucket, rowmap, table)
-    for run, entry in long:
+    for group in groups.together:
+        down, up = table.stack(group)
+        added = torch.bmm(torch.bmm(group.grid.taken(x).float(), down), up)
+        group.grid.add(y, group.grid.given(added))
+    for run, entry in groups.alone:
         a, b = _weights(entry)
         part = y[run.start : run.stop]
         part.addmm_(x[run.start : run.stop].float() @ a.T, b.T, alpha=entry.scalars[0])
 
 
-def _batched(y: torch.Tensor, x: torch.Tensor, found: Found, bucket: int, rowmap: RowMap, table: LowRankTable) -> None:
-    """Short runs of ranks in one bucket: two batched products over stacked weights."""
-    grid = rowmap.grid([run for run, _ in found])
-    down, up = table.stack(bucket, found)
-    added = grid.given(torch.bmm(torch.bmm(grid.taken(x).float(), down), up))
-    grid.add(y, added)
+def divided(table: LowRankTable, rowmap: RowMap) -> tuple[Groups, list[Found]]:
+    """What is alone, in groups of two batched products each over stacked weights; and what shares A and B."""
+    alone, sharing = table.split(rowmap)
+    return grouped(alone, rowmap, _bucket, _merged), sharing
 
 
 def _bucket(entry: Entry) -> int:
@@ -122,6 +117,33 @@ def _bucket(entry: Entry) -> int:
     a = entry.tensors[0]
     assert a is not None
     return max(8, 1 << (int(a.shape[0]) - 1).bit_length())
+
+
+def _merged(buckets: dict[Hashable, Found]) -> dict[Hashable, Found]:
+    """Buckets join the next larger one where the zeros that they are padded with cost less than products of their own.
+
+    Runs stay in row order.
+    """
+    merged: list[tuple[Hashable, Found]] = []
+    for bucket, found in sorted(buckets.items(), key=lambda item: _rank(item[1]), reverse=True):
+        if merged:
+            larger = merged[-1]
+            zeros = sum((_rank(larger[1]) - _rank([each])) * _width(each[1]) for each in found)
+            if zeros <= _PADDED:
+                merged[-1] = larger[0], sorted([*larger[1], *found], key=lambda each: each[0].start)
+                continue
+        merged.append((bucket, found))
+    return dict(merged)
+
+
+def _rank(found: Found) -> int:
+    return max(int(a.shape[0]) for _, entry in found if (a := entry.tensors[0]) is not None)
+
+
+def _width(entry: Entry) -> int:
+    a, b = entry.tensors[:2]
+    assert a is not None and b is not None
+    return int(a.shape[1] + b.shape[0])
 
 
 def _shared(y: torch.Tensor, x: torch.Tensor, found: Found, rowmap: RowMap, table: LowRankTable) -> None:

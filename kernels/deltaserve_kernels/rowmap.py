@@ -1,6 +1,6 @@
 """RowMap: for one row axis of a forward, each row's slot and an order that sorts rows by slot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,15 +68,22 @@ class Grid:
         found = x[self.rows] if self.padded is None else x.index_select(0, self.padded)
         return found.view(self.runs, self.depth, -1)
 
+    def pieces(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Views of x, a piece of rows that stand together at a time, and where in `rows` they are."""
+        at = 0
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            yield x[start : start + length], slice(at, at + length)
+            at += length
+
     def put(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """out[rows] = values [rows, width], a piece at a time: an indexed write wakes all threads for a few rows."""
-        for start, part in zip(self.starts, values.split(self.lengths), strict=True):
-            out[start : start + part.shape[0]].copy_(part)
+        for part, rows in self.pieces(out):
+            part.copy_(values[rows])
 
     def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """out[rows] += values [rows, width], as `put`."""
-        for start, part in zip(self.starts, values.split(self.lengths), strict=True):
-            out[start : start + part.shape[0]].add_(part)
+        for part, rows in self.pieces(out):
+            part.add_(values[rows])
 
     def given(self, y: torch.Tensor) -> torch.Tensor:
         """y [runs, depth, width] -> [rows, width], as they stand in `rows`."""
@@ -88,7 +95,8 @@ class RowMap:
     """Built once per axis and forward; the tensors are made when a kernel first asks for them.
 
     `rows`: rows of the axis. `runs`: in row order, neighbours of one slot joined, bare rows left out. `active`: the
-    distinct slots, sorted. `kept`: what kernels derive from it, so that every layer of a forward finds it made.
+    distinct slots, sorted. `kept`: what kernels derive from it, so that every layer of a forward finds it made. `key`:
+    equal for maps whose runs are, whatever forward they were made for.
     """
 
     def __init__(self, rows: int, runs: tuple[Run, ...], device: torch.device) -> None:
@@ -97,6 +105,7 @@ class RowMap:
         self.device = device
         self.active: tuple[int, ...] = tuple(sorted({run.slot for run in runs}))
         self.bare = not runs
+        self.key = tuple([number for run in runs for number in (run.slot, run.start, run.stop)])
         self._grids: dict[tuple[int, ...], Grid] = {}
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
         self._repeated: dict[int, RowMap] = {}

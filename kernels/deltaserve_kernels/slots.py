@@ -1,11 +1,17 @@
 """SlotTable: for one primitive at one site, each slot's tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from deltaserve_kernels.rowmap import RowMap, Run
+
+Made = TypeVar("Made")
+
+_PLANS = 2
+"""Forwards of unlike rows that follow each other: a decode step, and one with a prefill in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +37,8 @@ class SlotTable:
         self._entries: dict[int, Entry] = {}
         self.generation = 0
         self.kept: dict[str, object] = {}
+        self._plans: dict[str, dict[tuple[int, ...], object]] = {}
+        self._planned = -1
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._entries
@@ -67,6 +75,19 @@ class SlotTable:
     def touches(self, rowmap: RowMap) -> bool:
         """Whether any active slot has something here."""
         return bool(self._entries) and not self._entries.keys().isdisjoint(rowmap.active)
+
+    def planned(self, what: str, rowmap: RowMap, make: Callable[[], Made]) -> Made:
+        """`make()`: which rows meet which entries, and how. Kept for later forwards of the same runs until a change."""
+        if self._planned != self.generation:
+            self._plans.clear()
+            self._planned = self.generation
+        plans = self._plans.setdefault(what, {})
+        found = plans.get(rowmap.key)
+        if found is None:
+            if len(plans) >= _PLANS:
+                plans.pop(next(iter(plans)))
+            found = plans[rowmap.key] = make()
+        return found  # type: ignore[return-value]
 
     def entries(self, rowmap: RowMap) -> list[tuple[Run, Entry]]:
         """The runs whose slot has something here, in row order."""

@@ -1,10 +1,11 @@
 """Stacked copies of what several slots have at one site: one batched product instead of a loop over short runs."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from deltaserve_kernels.rowmap import Run
+from deltaserve_kernels.rowmap import Grid, RowMap, Run
 from deltaserve_kernels.slots import Entry
 
 SHORT = 4
@@ -16,12 +17,59 @@ Found = list[tuple[Run, Entry]]
 Stack = tuple[torch.Tensor | None, ...]
 
 
-def parted(found: Found) -> tuple[Found, Found]:
-    """The short runs, if there are several of them, and all others."""
+def parted(found: Found, least: int = 2) -> tuple[Found, Found]:
+    """The short runs, if there are so many of them, and all others."""
     short = [each for each in found if each[0].rows <= SHORT]
-    if len(short) < 2:
+    if len(short) < least:
         return [], found
     return short, [each for each in found if each[0].rows > SHORT] if len(short) < len(found) else []
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Short runs whose slots stand in one stack, and their rows. `alike`: what their entries have in common."""
+
+    found: Found
+    alike: Hashable
+    slots: tuple[int, ...]
+    grid: Grid
+
+    @classmethod
+    def of(cls, found: Found, alike: Hashable, rowmap: RowMap) -> "Group":
+        return cls(found, alike, tuple([run.slot for run, _ in found]), rowmap.grid([run for run, _ in found]))
+
+    def by_row(self) -> "Group":
+        """The same with an entry for each row, whose stack has a row for each."""
+        rows = [each for each in self.found for _ in range(each[0].rows)]
+        return Group(rows, self.alike, tuple([run.slot for run, _ in rows]), self.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """What a forward meets at a site: groups of short runs, and `alone` the runs that are computed each by itself."""
+
+    together: tuple[Group, ...]
+    alone: Found
+
+
+def grouped(
+    found: Found,
+    rowmap: RowMap,
+    alike: Callable[[Entry], Hashable],
+    merged: Callable[[dict[Hashable, Found]], dict[Hashable, Found]] = lambda groups: groups,
+    least: int = 2,
+) -> Groups:
+    """Short runs by what `alike` says of their entries, then as `merged` joins them; groups of `least` runs or more."""
+    short, alone = parted(found, least)
+    by: dict[Hashable, Found] = {}
+    for each in short:
+        by.setdefault(alike(each[1]), []).append(each)
+    groups = merged(by)
+    few: Iterable[Found] = (members for members in groups.values() if len(members) < least)
+    return Groups(
+        tuple(Group.of(members, key, rowmap) for key, members in groups.items() if len(members) >= least),
+        [*alone, *(each for members in few for each in members)],
+    )
 
 
 class Stacks:
@@ -37,11 +85,17 @@ class Stacks:
 
     def of(self, found: Found, generation: int, group: Hashable = None) -> Stack:
         """The stack of these runs' slots, in their order; `generation` is the table's."""
+        return self._of(found, tuple([run.slot for run, _ in found]), generation, group)
+
+    def of_group(self, group: Group, generation: int) -> Stack:
+        """The same for a group."""
+        return self._of(group.found, group.slots, generation, group.alike)
+
+    def _of(self, found: Found, slots: tuple[int, ...], generation: int, group: Hashable) -> Stack:
         if self._generation != generation:
             self._held.clear()
             self._generation = generation
         held = self._held.setdefault(group, {})
-        slots = tuple([run.slot for run, _ in found])
         stack = held.get(slots)
         if stack is None:
             if len(held) >= _SETS:

@@ -84,13 +84,26 @@ def test_stacks_are_bounded_and_follow_changes():
     held = table.cached_bytes
     for slots in ((1, 2), (2, 3), (3, 4), (0, 2)):
         lowrank.apply(torch.zeros(2, 6), x, RowMap.of([(s, 1) for s in slots], CPU), table)
-    assert table.cached_bytes <= 2 * 4 * 2 * 16 * (8 + 6) and held > 0
+    # Of each bucket two sets of two slots, in fp32.
+    assert 0 < held and table.cached_bytes <= 2 * 2 * 4 * (8 + 16) * (8 + 6)
     lowrank.apply(torch.zeros(2, 6), x, rowmap, table)
     table.drop(0)
     table.put(0, (torch.zeros(2, 8), torch.zeros(6, 2)), (1.0,))
     second = torch.zeros(2, 6)
     lowrank.apply(second, x, rowmap, table)
     assert not second[0].any() and torch.equal(second[1], first[1]) and first[0].any()
+
+
+@pytest.mark.parametrize(("inner", "groups"), [(24, [[0, 1, 2, 3]]), (40_000, [[2, 3], [0, 1]])])
+def test_ranks_stand_in_one_stack_where_zeros_cost_less_than_a_product(inner, groups):
+    table = lowrank.LowRankTable(8, CPU)
+    for slot, rank in enumerate((8, 8, 16, 12)):
+        table.put(slot, (torch.randn(rank, inner), torch.randn(6, rank)), (1.0,))
+    rowmap, x, ours = RowMap.of([(slot, 1) for slot in range(4)], CPU), torch.randn(4, inner), torch.zeros(4, 6)
+    lowrank.apply(ours, x, rowmap, table)
+    assert error_ratio(ours, truth(torch.zeros(4, 6), x, [0, 1, 2, 3], table)) <= 1e-5
+    planned, sharing = lowrank.divided(table, rowmap)
+    assert [list(group.slots) for group in planned.together] == groups and not planned.alone and not sharing
 
 
 def test_slots_without_an_entry_here_are_left_alone():
