@@ -14,12 +14,16 @@ from deltaserve_kernels.rowmap import Grid, RowMap
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """Rows [row, row + count) of a stack are soft-prompt rows [offset, offset + count) of a slot."""
+    """Rows [row, row + count) of a stack are soft-prompt rows [offset, offset + count) of a slot.
+
+    `placed`: of what the embedding module gives, instead of what it gets.
+    """
 
     slot: int
     row: int
     offset: int
     count: int
+    placed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

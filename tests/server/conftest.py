@@ -14,11 +14,13 @@ import torch
 import transformers
 from transformers import (
     BertConfig,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
     PretrainedConfig,
     PreTrainedModel,
+    RobertaConfig,
     T5Config,
 )
 
@@ -73,6 +75,31 @@ CONFIGS: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=POSITIONS,
+        ),
+    ),
+    "roberta": (
+        "AutoModel",
+        lambda: RobertaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=POSITIONS,
+        ),
+    ),
+    "gemma2": (
+        "AutoModelForCausalLM",
+        lambda: Gemma2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=POSITIONS,
+            sliding_window=6,
         ),
     ),
     "modernbert": ("AutoModelForMaskedLM", _modernbert),
@@ -210,7 +237,7 @@ class Driver:
     def ref(self, key: int) -> DeltaRef:
         delta = self.host[key]
         known = delta.kinds, delta.prompt_length, delta.position_shift, delta.invocation
-        return DeltaRef(key, f"d{key}@1", *known)
+        return DeltaRef(key, f"d{key}@1", *known, delta.prompt_place, delta.whole)
 
     def publish(self, key: int, delta: Delta, label: str = "") -> int:
         self.host[key] = delta

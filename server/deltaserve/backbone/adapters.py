@@ -83,7 +83,8 @@ class Group:
         if adapter.after is not None:
             self.after.put(slot, *_norm(adapter.after))
         if isinstance(adapter, Bottleneck):
-            self.gates.install(slot, adapter.gate)
+            if adapter.gate is not None:
+                self.gates.put(slot, (adapter.gate.weight, adapter.gate.bias))
         else:
             assert self.fusion is not None
             asks = (adapter.query, adapter.query_bias, adapter.key, adapter.value)

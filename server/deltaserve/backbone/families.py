@@ -54,10 +54,12 @@ class Family:
     `unused`: modules of the loader's class that nothing here runs; they are dropped, and may be missing on disk.
     `head_dim` names the attribute of an attention module. `prefix_axis`: whose attentions prefix-tuning fills, or None
     where transformers' code takes no keys and values from outside. `prefix_pre`: see BackboneSpec.
-    `pooler`: module that makes the pooled row, or None. By the model's config: `averages`: whether a sequence's pooler
-    reads the mean of its rows instead of the first; `first_position`: of a text, where that is not 0; `post_norm`:
-    whether its norms stand behind their sublayers; `objection`: why a model of this type is not served after all, or
-    None. `sublayers`: those of one layer in the order of a forward, none where they do not follow one another.
+    `pooler`: module that makes the pooled row, or None. `embedded`: module whose output are the rows that enter the
+    first layer, None where what the input embedding gives does. By the model's config: `averages`: whether a sequence's
+    pooler reads the mean of its rows instead of the first; `first_position`: of a text, where that is not 0;
+    `post_norm`: whether its norms stand behind their sublayers; `objection`: why a model of this type is not served
+    after all, or None. `sublayers`: those of one layer in the order of a forward, none where they do not follow one
+    another.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Family:
     prefix_pre: int = 0
     absolute_positions: bool = True
     pooler: str | None = None
+    embedded: str | None = None
     sublayers: tuple[SublayerRow, ...] = ()
     post_norm: Callable[[Any], bool] = lambda _: False
     averages: Callable[[Any], bool] = lambda _: False
@@ -204,6 +207,7 @@ def _encoder(name: str, head: HeadSpec, **changes: Any) -> Family:
             Task.MULTIPLE_CHOICE: HeadSpec("classifier", Pooling.POOLER, outputs=1),
         },
         pooler=f"{name}.pooler",
+        embedded=f"{name}.embeddings",
         sublayers=(
             _attention(layer, *attention, last="attention.output.dense", norm="attention.output.LayerNorm"),
             _feed_forward(layer, "intermediate.dense", last="output.dense", norm="output.LayerNorm"),
@@ -269,6 +273,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         prefix_axis=None,
         pooler="head",
+        embedded="model.embeddings",
         sublayers=(
             _attention(_LAYER, "attn.Wqkv", last="attn.Wo", norm="attn_norm"),
             _feed_forward(_LAYER, "mlp.Wi", last="mlp.Wo", norm="mlp_norm"),
@@ -281,6 +286,7 @@ FAMILIES: tuple[Family, ...] = (
         spans=_spans(),
         attentions=(AttentionRow(r"transformer\.h\.\d+\.attn", Axis.TOKENS, causal=True, cached=True),),
         prefix="transformer",
+        embedded="transformer.drop",
         sublayers=(
             _attention("transformer.h.{}.", "attn.c_attn", last="attn.c_proj", norm="ln_1"),
             _feed_forward("transformer.h.{}.", "mlp.c_fc", last="mlp.c_proj", norm="ln_2"),

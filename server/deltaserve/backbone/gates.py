@@ -2,7 +2,6 @@
 
 import torch
 
-from deltaserve.deltas.adapters import Gate
 from deltaserve_kernels.attention.sequences import Sequences
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
@@ -13,11 +12,6 @@ class GateTable(SlotTable):
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         super().__init__(2, capacity, device)
-
-    def install(self, slot: int, gate: Gate | None) -> None:
-        """Publishes a slot's gate, where it has one."""
-        if gate is not None:
-            self.put(slot, (gate.weight, gate.bias))
 
 
 def means(u: torch.Tensor, rowmap: RowMap, table: GateTable, sequences: Sequences) -> torch.Tensor:

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaserve.backbone import survey
 from deltaserve.backbone.attention import AttentionSite, attach
+from deltaserve.backbone.embedded import Embedded
 from deltaserve.backbone.embedding import WrappedEmbedding
 from deltaserve.backbone.ending import Ending
 from deltaserve.backbone.families import Family, Shape
+from deltaserve.backbone.gates import GateTable
 from deltaserve.backbone.linear import WrappedLinear
 from deltaserve.backbone.norm import WrappedNorm
 from deltaserve.backbone.wrap import WrappedModule
@@ -21,7 +23,6 @@ from deltaserve.deltas.primitives import Prefix
 from deltaserve.deltas.sites import Axis, Site, SiteType
 from deltaserve.plan import KeysValues, Now, Plan, Stack
 from deltaserve_kernels.attention import PrefixTable, RelativeBias
-from deltaserve_kernels.embed import PromptTable, prompt_rows
 
 SLOTS = 1024
 """Deltas that can be resident at one time."""
@@ -81,7 +82,7 @@ class Backbone:
         }
         self._open_sublayers()
         self._attention = self._open_attention()
-        self._prompts = PromptTable(SLOTS, self.device)
+        self._embedded = self._open_embedded()
         self._pooler = self._take_pooler()
 
     @property
@@ -115,21 +116,19 @@ class Backbone:
             if name in self._attention:
                 for primitive in primitives:
                     assert isinstance(primitive, Prefix)
-                    scalars = (float(primitive.pre), float(primitive.tok), float(primitive.biased))
-                    self._attention[name].prefix.put(slot, (primitive.keys, primitive.values), scalars)
+                    self._attention[name].install(slot, primitive)
             else:
                 self._wrapped[name].install(slot, primitives)
-        if delta.prompt is not None:
-            self._prompts.put(slot, (delta.prompt.rows,))
+        self._embedded.install(slot, delta)
 
     def remove(self, slot: int, delta: Delta) -> None:
         """Takes back what `install` published, or the part of it that it came to."""
         for name in delta.at:
             if name in self._attention:
-                self._attention[name].prefix.discard(slot)
+                self._attention[name].remove(slot)
             elif name in self._wrapped:
                 self._wrapped[name].remove(slot)
-        self._prompts.discard(slot)
+        self._embedded.remove(slot)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Rows:
@@ -145,19 +144,15 @@ class Backbone:
         hidden = hidden[plan.sampled]
         if getattr(self.model.config, "scale_decoder_outputs", False):
             hidden = hidden * self.model.model_dim**-0.5
+        hidden = self._embedded.couplings.uncoupled(hidden, plan.maps[Axis.SAMPLED])
         with self._now.running(plan):
             logits = self.model.lm_head(hidden)
         assert isinstance(logits, torch.Tensor)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _embed(self, module: torch.nn.Module, stack: Stack) -> torch.Tensor:
-        embeddings = module(stack.ids)
-        if stack.prompts:
-            pieces = [(p.slot, p.row, p.offset, p.count) for p in stack.prompts]
-            prompt_rows(embeddings, self._prompts, pieces)
-        assert isinstance(embeddings, torch.Tensor)
-        return embeddings.unsqueeze(0)
+    def _embed(self, module: torch.nn.Module, stack: Stack, axis: Axis = Axis.TOKENS) -> torch.Tensor:
+        return self._embedded.of(module(stack.ids), stack, axis)
 
     def _decoder_only(self, plan: Plan) -> Rows:
         assert plan.tokens is not None
@@ -194,7 +189,7 @@ class Backbone:
             encoded = encoder(inputs_embeds=self._embed(encoder.embed_tokens, plan.tokens)).last_hidden_state[0]
         decoded: torch.Tensor | None = None
         if plan.decoder is not None:
-            embeddings = self._embed(decoder.embed_tokens, plan.decoder)
+            embeddings = self._embed(decoder.embed_tokens, plan.decoder, Axis.DECODER)
             if encoded is not None and plan.memory.numel():
                 memory = encoded[plan.memory].unsqueeze(0)
             else:
@@ -220,6 +215,11 @@ class Backbone:
             first = self._wrapped[sublayer.first[0]]
             last.adapters.ending = Ending(sublayer, first, norm(sublayer.norm, last.site), sandwich, norms.__getitem__)
 
+    def _open_embedded(self) -> Embedded:
+        module = None if self.family.embedded is None else self._modules[self.family.embedded]
+        factor = self.spec.sites[self.spec.input_embedding].factor
+        return Embedded(module, factor, self._now, SLOTS, self.device)
+
     def _open_attention(self) -> dict[str, AttentionSite]:
         found: dict[str, AttentionSite] = {}
         tables: dict[Axis, RelativeBias] = {}
@@ -229,7 +229,10 @@ class Backbone:
                 continue
             if self.family.shape is Shape.ENCODER_DECODER:
                 _open_relative_bias(module, row.axis, tables)
-            site = AttentionSite(name, row.axis, self._now, PrefixTable(SLOTS, self.device), tables.get(row.axis))
+            prefix, gates = PrefixTable(SLOTS, self.device), GateTable(SLOTS, self.device)
+            starts = (s.first[0] for s in self.spec.sublayers if s.first[0].startswith(name + "."))
+            first = next((self._wrapped[start] for start in starts), None)
+            site = AttentionSite(name, row.axis, self._now, prefix, gates, tables.get(row.axis), first)
             attach(module, site)
             found[name] = site
         return found

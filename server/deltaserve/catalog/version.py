@@ -52,6 +52,8 @@ class Card:
     head_width: int = 0
     task_id: int | None = None
     token_types: bool = True
+    prompt_place: int | None = None
+    whole: bool = False
 
     @staticmethod
     def of(delta: Delta) -> "Card":
@@ -70,6 +72,8 @@ class Card:
             format=made.format,
             base_model=made.base_model,
             prompt_length=delta.prompt_length,
+            prompt_place=delta.prompt_place,
+            whole=delta.whole,
             position_shift=delta.position_shift,
             invocation=delta.invocation,
             pooling=delta.pooling,

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from deltaserve.deltas.adapters import Coupling
+from deltaserve.deltas.adapters import Bottleneck, Coupling
 from deltaserve.deltas.bases import Bases, Owners, same_view
-from deltaserve.deltas.primitives import Head, SitePrimitive, SoftPrompt, tensors
+from deltaserve.deltas.primitives import Head, Prefix, SitePrimitive, SoftPrompt, tensors
 from deltaserve.deltas.sites import Pooling, Task
 
 T = TypeVar("T")
@@ -93,6 +93,24 @@ class Delta:
     @property
     def prompt_length(self) -> int:
         return 0 if self.prompt is None else int(self.prompt.rows.shape[0])
+
+    @property
+    def prompt_place(self) -> int | None:
+        return None if self.prompt is None else self.prompt.place
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs all rows of a sequence in one forward: no cache of keys and values reproduces it."""
+        return any(_whole(primitive) for primitives in self.at.values() for primitive in primitives)
+
+
+def _whole(primitive: SitePrimitive) -> bool:
+    match primitive:
+        case Bottleneck(gate=gate, positions=positions):
+            return gate is not None or (positions is not None and positions.last > 0)
+        case Prefix(gate=gate):
+            return gate is not None
+    return False
 
 
 def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor], bases: Bases | None = None) -> Delta:

@@ -16,6 +16,7 @@ from deltaserve.backbone.model import SLOTS, Backbone
 from deltaserve.deltas.delta import Delta
 from deltaserve.engine.kvcache import KVCache
 from deltaserve.engine.outbox import Outbox
+from deltaserve.engine.refusals import needs_whole_sequences, too_large
 from deltaserve.engine.request import (
     Emit,
     EngineStats,
@@ -37,7 +38,6 @@ from deltaserve.errors import (
     DeadlineExceeded,
     DeltaserveError,
     Internal,
-    InvalidArgument,
     ResourceExhausted,
     Unavailable,
 )
@@ -97,19 +97,17 @@ class Engine:
     def submit(self, requests: Items[Request], emit: Emit) -> None:
         """Queues all requests or none; each will end in exactly one Finished or Failed.
 
-        Raises InvalidArgument for a request that could never run, ResourceExhausted where the queue is full,
-        Unavailable while draining, Internal where the engine's thread has died.
+        Raises InvalidArgument for a request that could never run, FailedPrecondition for a generation with a delta that
+        needs whole sequences, ResourceExhausted where the queue is full, Unavailable while draining, Internal where the
+        engine's thread has died.
         """
         now, shape = time.monotonic(), self.backbone.family.shape
         sequences = [Sequence(request, emit, shape, now) for request in requests]
         for sequence in sequences:
             if not self._scheduler.fits(sequence):
-                raise InvalidArgument(
-                    f"a request of {sequence.input_rows} input tokens and {sequence.room} to generate never fits: one "
-                    f"forward takes {self.limits.max_batch_tokens} rows, the KV cache "
-                    f"{self._cache.self_tokens.capacity} tokens (--max-batch-tokens, --kv-bytes)",
-                    reason="REQUEST_TOO_LARGE",
-                )
+                raise too_large(sequence, self.limits.max_batch_tokens, self._cache.self_tokens.capacity)
+            if sequence.generates and sequence.request.delta is not None and sequence.request.delta.whole:
+                raise needs_whole_sequences(sequence)
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()

@@ -1,6 +1,6 @@
 """From a batch to a Plan: which rows stand where, on which axis, with which slot; and where results will be."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class Layout:
 
 @dataclass(eq=False)
 class _Axis:
-    """Rows of one axis as they are put down. `shift` is added to positions only."""
+    """Rows of one axis as they are put down."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -66,12 +66,11 @@ class _Axis:
         return len(self.ids)
 
     def put(
-        self, runs: Iterable[tuple[int, int]], ids: list[int], first: int, types: Iterable[int] | None = None
+        self, runs: Iterable[tuple[int, int]], ids: list[int], positions: Iterable[int], types: Iterable[int] | None
     ) -> None:
-        count = len(ids)
         self.ids.extend(ids)
-        self.positions.extend(range(first, first + count))
-        self.token_types.extend([0] * count if types is None else types)
+        self.positions.extend(positions)
+        self.token_types.extend([0] * len(ids) if types is None else types)
         self.runs.extend(runs)
 
     def stack(self, device: torch.device) -> Stack | None:
@@ -182,7 +181,7 @@ class Planner:
         return Layout(plan, tuple(sampled), tuple(pooled))
 
     @staticmethod
-    def _pooler_reads(sequence: Sequence, first: int, end: int) -> tuple[range, list[int]]:
+    def _pooler_reads(sequence: Sequence, first: int, end: int) -> tuple[Collection[int], list[int]]:
         """Rows of a sequence that the backbone's pooler reads, and how many of them in turn make each of its own."""
         place = sequence.place
         if sequence.request.job is not Job.CLASSIFY or place is None or place.delta is None:
@@ -193,14 +192,18 @@ class Planner:
             case Pooling.POOLER_MEAN:
                 return range(first, end), [end - first]
             case Pooling.POOLER_TOKENS:
-                first += sequence.prompt_rows
-                return range(first, end), [1] * (end - first)
+                prompt = range(first + sequence.prompt_place, first + sequence.prompt_place + sequence.prompt_rows)
+                own = [row for row in range(first, end) if row not in prompt]
+                return own, [1] * len(own)
         return range(0), []
 
     def _input_rows(self, axis: _Axis, chunk: Chunk) -> None:
         """Soft-prompt rows and ids of a chunk; keys are this forward's rows, or the cache where the axis has one."""
         sequence, first = chunk.sequence, axis.rows
         end, prompt = chunk.start + chunk.count, sequence.prompt_rows
+        if sequence.prompt_placed:
+            self._placed_rows(axis, chunk)
+            return
         in_prompt = max(min(end, prompt) - chunk.start, 0)
         low, high = max(chunk.start - prompt, 0), max(end - prompt, 0)
         ids = [0] * in_prompt + list(sequence.input_ids[low:high])
@@ -211,9 +214,34 @@ class Planner:
         if self._cached[Axis.TOKENS]:
             self._cached_rows(axis, sequence, ids, chunk.start, types)
         else:
-            slots = sequence.slots(chunk.start, len(ids))
-            axis.put(slots, ids, self._first_position + chunk.start + sequence.position_shift, types)
-            axis.spans.append(Span(first, len(ids), 0, first, len(ids), sequence.slot, False))
+            self._encoded_rows(axis, sequence, ids, self._positions(sequence, chunk.start, len(ids)), types)
+
+    def _placed_rows(self, axis: _Axis, chunk: Chunk) -> None:
+        """The same where the soft prompt stands among the rows that the embedding module gives."""
+        sequence, place, prompt = chunk.sequence, chunk.sequence.prompt_place, chunk.sequence.prompt_rows
+        assert not self._cached[Axis.TOKENS] and chunk.count == sequence.input_rows, "placed where a cache is"
+
+        def around(own: Iterable[int]) -> list[int]:
+            rows = list(own)
+            return rows[:place] + [rows[0]] * prompt + rows[place:]
+
+        ids, given = sequence.input_ids, sequence.request.token_type_ids
+        axis.prompts.append(PromptPiece(sequence.slot, axis.rows + place, 0, prompt, placed=True))
+        positions = around(self._positions(sequence, 0, len(ids)))
+        self._encoded_rows(axis, sequence, around(ids), positions, None if given is None else around(given))
+
+    def _positions(self, sequence: Sequence, index: int, count: int) -> range:
+        first = self._first_position + index + sequence.position_shift
+        return range(first, first + count)
+
+    @staticmethod
+    def _encoded_rows(
+        axis: _Axis, sequence: Sequence, ids: list[int], positions: Iterable[int], types: list[int] | None
+    ) -> None:
+        """All rows of a sequence, which attend to one another."""
+        first = axis.rows
+        axis.put(sequence.slots(0, len(ids)), ids, positions, types)
+        axis.spans.append(Span(first, len(ids), 0, first, len(ids), sequence.slot, False))
 
     def _cached_rows(
         self, axis: _Axis, sequence: Sequence, ids: list[int], index: int, types: list[int] | None = None
@@ -221,8 +249,7 @@ class Planner:
         """Rows whose keys and values go to the sequence's extent at `index` and after; they attend to all before."""
         start, first = sequence.self_start, axis.rows
         assert start is not None
-        slots = sequence.slots(index, len(ids))
-        axis.put(slots, ids, self._first_position + index + sequence.position_shift, types)
+        axis.put(sequence.slots(index, len(ids)), ids, self._positions(sequence, index, len(ids)), types)
         axis.spans.append(Span(first, len(ids), index, start, index + len(ids), sequence.slot, True))
         axis.write.extend(range(start + index, start + index + len(ids)))
 

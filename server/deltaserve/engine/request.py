@@ -28,8 +28,8 @@ class FinishReason(StrEnum):
 class DeltaRef:
     """An immutable version of a delta, as the engine needs to know it before its bytes are there.
 
-    `key` is unique for ever; `label` is `name@version`; `prompt_length`, `position_shift` and `invocation` are the
-    delta's.
+    `key` is unique for ever; `label` is `name@version`; `prompt_length`, `prompt_place`, `position_shift`, `invocation`
+    and `whole` are the delta's.
     """
 
     key: int
@@ -38,6 +38,8 @@ class DeltaRef:
     prompt_length: int = 0
     position_shift: int = 0
     invocation: tuple[int, ...] = ()
+    prompt_place: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)

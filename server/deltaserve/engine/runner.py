@@ -84,7 +84,7 @@ class Runner:
             if place.sequence.request.job is Job.EMBED:
                 pooling = place.sequence.request.pooling
                 assert pooling is not None
-                vector = _EMBED[pooling](own, place.sequence.prompt_rows).float().tolist()
+                vector = _EMBED[pooling](own, place.sequence).float().tolist()
                 outcomes.append(Outcome(place.sequence, vector=tuple(vector)))
             else:
                 classified.append((place, self._head_rows(place, own, rows)))
@@ -103,10 +103,10 @@ class Runner:
             case Pooling.LAST:
                 return own[-1:]
             case Pooling.LAST_REAL:
-                row = sequence.prompt_rows + self._last_real(sequence)
-                return own[row : row + 1]
+                row = self._last_real(sequence)
+                return _tokens(own, sequence)[row : row + 1]
             case Pooling.TOKENS:
-                return own[sequence.prompt_rows :]
+                return _tokens(own, sequence)
             case other:
                 raise AssertionError(f"no head reads {other}")
 
@@ -135,8 +135,14 @@ class Runner:
         return outcomes
 
 
-_EMBED: dict[Pooling, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    Pooling.MEAN: lambda rows, prompt: rows[prompt:].float().mean(0),
+def _tokens(rows: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Of all rows of a sequence [n, hidden] those of its tokens."""
+    place, prompt = sequence.prompt_place, sequence.prompt_rows
+    return rows[prompt:] if not place else torch.cat((rows[:place], rows[place + prompt :]))
+
+
+_EMBED: dict[Pooling, Callable[[torch.Tensor, Sequence], torch.Tensor]] = {
+    Pooling.MEAN: lambda rows, sequence: _tokens(rows, sequence).float().mean(0),
     Pooling.CLS: lambda rows, _: rows[0],
     Pooling.LAST: lambda rows, _: rows[-1],
 }

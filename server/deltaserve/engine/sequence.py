@@ -15,6 +15,8 @@ _NEVER = sys.maxsize
 class Sequence:
     """Rows of the input axis are the soft prompt's, then `ids`; a decoder-only score has its continuation behind.
 
+    A placed prompt stands behind the first `prompt_place` of `ids`.
+
     `computed`: input rows done. `output`: tokens generated. `self_start` and `memory_start`: extents in the KV cache,
     None while there is none. `place`: the pinned delta, None for the bare backbone or while it waits. `queued`: counts
     against the limit of those that wait. `counts`: how often each token is in `output`. `prompt_positions`: the input's
@@ -64,6 +66,16 @@ class Sequence:
     @property
     def prompt_rows(self) -> int:
         return 0 if self.request.delta is None else self.request.delta.prompt_length
+
+    @property
+    def prompt_place(self) -> int:
+        """Rows of its own that stand before the soft prompt."""
+        return 0 if self.request.delta is None else self.request.delta.prompt_place or 0
+
+    @property
+    def prompt_placed(self) -> bool:
+        """Whether the soft prompt stands in what the embedding module gives; positions know nothing of it then."""
+        return self.request.delta is not None and self.request.delta.prompt_place is not None
 
     @property
     def position_shift(self) -> int:

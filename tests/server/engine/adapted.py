@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deltaserve.deltas.adapters import Adapter, Bottleneck, Fusion, Gate, OwnNorm, Positions, Reach, Tap
-from deltaserve.deltas.sites import BackboneSpec, Sublayer
+from deltaserve.deltas.delta import Delta, Provenance
+from deltaserve.deltas.sites import BackboneSpec, Sublayer, Task
+from deltaserve.engine.request import Request
+from deltaserve_kernels.testing import error_ratio
 
 ACTS: Mapping[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda x: x,
@@ -189,3 +192,55 @@ class Oracle:
             else:
                 seen.output = torch.where(mask.unsqueeze(-1), made, seen.output)
         return seen.output.view(y.shape)
+
+
+def ids_of(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(1000 * length + seed)
+    return tuple(torch.randint(3, 101, (length,), generator=generator).tolist())
+
+
+def delta_of(at: dict[str, tuple[Adapter, ...]], kind: str = "adapter", **known: object) -> Delta:
+    return Delta((kind,), at, Task.GENERATION, Provenance("test", kind, 0, 0), **known)
+
+
+def at_ends(spec: BackboneSpec, make: Callable[[int, int], tuple[Adapter, ...]], step: int = 1) -> Delta:
+    """Adapters at every `step`th sublayer; `make` gets what the last linear gets and gives."""
+    sites = [spec.sites[s.last] for s in spec.sublayers[::step]]
+    return delta_of({site.name: make(site.in_features, site.out_features) for site in sites})
+
+
+def alone(model: PreTrainedModel, spec: BackboneSpec, ids: tuple[int, ...], delta: Delta | None) -> torch.Tensor:
+    """Hidden rows of the encoder, or of a decoder-only model."""
+    base = model.encoder if model.config.is_encoder_decoder else model.base_model
+    with Oracle(model, spec, {} if delta is None else delta.at).hooked(), torch.no_grad():
+        return base(input_ids=torch.tensor([ids])).last_hidden_state[0]
+
+
+def logits(
+    model: PreTrainedModel, spec: BackboneSpec, ids: tuple[int, ...], made: list[int], delta: Delta | None
+) -> torch.Tensor:
+    """Of the row that gives the next token, by a whole forward without a cache."""
+    with Oracle(model, spec, {} if delta is None else delta.at).hooked(), torch.no_grad():
+        if model.config.is_encoder_decoder:
+            given = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([[0, *made]])}
+        else:
+            given = {"input_ids": torch.tensor([[*ids, *made]])}
+        return model(**given).logits[0, -1]
+
+
+def check_generation(driver, model: PreTrainedModel, requests: Sequence[Request]) -> set[int]:
+    """The keys whose tokens are not those of the bare backbone."""
+    spec, moved = driver.backbone.spec, set()
+    for request in requests:
+        delta = None if request.delta is None else driver.host[request.delta.key]
+        tokens = driver.output(request.id)
+        told = [e.logprobs[0].chosen.logprob for e in driver.tokens[request.id]]
+        expected = []
+        for count, token in enumerate(tokens):
+            scores = torch.log_softmax(logits(model, spec, request.ids, tokens[:count], delta), -1)
+            assert int(scores.argmax()) == token
+            expected.append(float(scores[token]))
+            if delta is not None and int(logits(model, spec, request.ids, tokens[:count], None).argmax()) != token:
+                moved.add(request.delta.key)
+        assert error_ratio(torch.tensor([told]), torch.tensor([expected])) <= 5e-5, delta and delta.at
+    return moved

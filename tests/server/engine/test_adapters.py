@@ -5,27 +5,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from adapted import Oracle, own_norm, random_bottleneck
-from transformers import PreTrainedModel
+from adapted import alone, at_ends, check_generation, ids_of, own_norm, random_bottleneck
 
 from deltaserve.deltas.adapters import Adapter, Tap
-from deltaserve.deltas.delta import Delta, Provenance
-from deltaserve.deltas.sites import BackboneSpec, Pooling, Task
+from deltaserve.deltas.delta import Delta
+from deltaserve.deltas.sites import BackboneSpec, Pooling
 from deltaserve.engine.request import Job, Request, Sampling
 from deltaserve_kernels.testing import error_ratio
 
 EXACT = 1e-5
 NAMES = ("bert", "t5", "llama", "gpt2")
 CARRIES = (None, *Tap)
-
-
-def ids_of(length: int, seed: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(1000 * length + seed)
-    return tuple(torch.randint(3, 101, (length,), generator=generator).tolist())
-
-
-def delta_of(at: dict[str, tuple[Adapter, ...]], kind: str = "adapter", **known: object) -> Delta:
-    return Delta((kind,), at, Task.GENERATION, Provenance("test", kind, 0, 0), **known)
 
 
 def forms(width: int) -> Iterator[dict[str, object]]:
@@ -43,12 +33,6 @@ def forms(width: int) -> Iterator[dict[str, object]]:
             }
 
 
-def at_ends(spec: BackboneSpec, make: Callable[[int, int], tuple[Adapter, ...]], step: int = 1) -> Delta:
-    """Adapters at every `step`th sublayer; `make` gets what the last linear gets and gives."""
-    sites = [spec.sites[s.last] for s in spec.sublayers[::step]]
-    return delta_of({site.name: make(site.in_features, site.out_features) for site in sites})
-
-
 def deltas_of_every_form(spec: BackboneSpec) -> list[Delta]:
     made = []
     for number, form in enumerate(forms(spec.hidden_size)):
@@ -63,43 +47,6 @@ def deltas_of_every_form(spec: BackboneSpec) -> list[Delta]:
         # A row that only LayerNorms made, over and over, says little of the tap: every other sublayer is left alone.
         made.append(at_ends(spec, one, step=2 if number % 2 else 1))
     return made
-
-
-def alone(model: PreTrainedModel, spec: BackboneSpec, ids: tuple[int, ...], delta: Delta | None) -> torch.Tensor:
-    """Hidden rows of the encoder, or of a decoder-only model."""
-    base = model.encoder if model.config.is_encoder_decoder else model.base_model
-    with Oracle(model, spec, {} if delta is None else delta.at).hooked(), torch.no_grad():
-        return base(input_ids=torch.tensor([ids])).last_hidden_state[0]
-
-
-def logits(
-    model: PreTrainedModel, spec: BackboneSpec, ids: tuple[int, ...], made: list[int], delta: Delta | None
-) -> torch.Tensor:
-    """Of the row that gives the next token, by a whole forward without a cache."""
-    with Oracle(model, spec, {} if delta is None else delta.at).hooked(), torch.no_grad():
-        if model.config.is_encoder_decoder:
-            given = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([[0, *made]])}
-        else:
-            given = {"input_ids": torch.tensor([[*ids, *made]])}
-        return model(**given).logits[0, -1]
-
-
-def check_generation(driver, model: PreTrainedModel, requests: list[Request]) -> set[int]:
-    """The keys whose tokens are not those of the bare backbone."""
-    spec, moved = driver.backbone.spec, set()
-    for request in requests:
-        delta = None if request.delta is None else driver.host[request.delta.key]
-        tokens = driver.output(request.id)
-        told = [e.logprobs[0].chosen.logprob for e in driver.tokens[request.id]]
-        expected = []
-        for count, token in enumerate(tokens):
-            scores = torch.log_softmax(logits(model, spec, request.ids, tokens[:count], delta), -1)
-            assert int(scores.argmax()) == token
-            expected.append(float(scores[token]))
-            if delta is not None and int(logits(model, spec, request.ids, tokens[:count], None).argmax()) != token:
-                moved.add(request.delta.key)
-        assert error_ratio(torch.tensor([told]), torch.tensor([expected])) <= 5e-5, delta and delta.at
-    return moved
 
 
 @pytest.mark.parametrize("name", NAMES)
