@@ -87,6 +87,7 @@ def _step(member: Member, place: Place) -> Step | None:
     hidden = member.places.spec.hidden_size
     at = f"{place.module}.adapters.{member.name}"
     parallel = part.flag("is_parallel")
+    closes = _closes(part, place)
     x, q = _beside(place) if parallel else _in_a_row(part, place)
     return Step(
         network=network(member, part, at, layer, hidden),
@@ -97,7 +98,7 @@ def _step(member: Member, place: Place) -> Step | None:
         gate=_gate(member, part, at, hidden),
         after=after(member.tensors, part, at, hidden),
         inside=part.flag("adapter_residual_before_ln") and not parallel,
-        closes=_closes(part, place),
+        closes=closes,
     )
 
 
@@ -143,15 +144,7 @@ def _gate(member: Member, part: Part, at: str, hidden: int) -> Gate | None:
 
 
 def gate(member: Member, at: str, width: int, numbers: int = 1, own: str = ".gate") -> Gate:
-    """A gate's tensors, below `at` and the word `own`. Raises FailedPrecondition where tokens are generated."""
-    spec = member.places.spec
-    if "generate" in spec.tasks:
-        raise FailedPrecondition(
-            "config key 'use_gating' is true: a gate averages over the whole sequence, tokens to come too, which no "
-            f"cache of keys and values can give; gates are served on encoders, and this backbone is {spec.family}",
-            reason="OPTION_NOT_SERVED",
-            metadata={"key": "use_gating"},
-        )
+    """A gate's tensors, below `at` and the word `own`."""
     weight = member.tensors.take(f"{at}{own}.weight", (numbers, width))
     return Gate(weight, member.tensors.take(f"{at}{own}.bias", (numbers,)))
 
@@ -184,7 +177,7 @@ def _block(
     match block:
         case Fuse():
             return _fused(block, steps, place, fusings, last)
-        case Average(_, weights):
+        case Average(weights=weights):
             chosen = [weights[at] for at, name in enumerate(block.names()) if name in steps]
             return _averaged([steps[name] for name in names], chosen, place, last)
         case _:

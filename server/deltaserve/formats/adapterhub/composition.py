@@ -1,5 +1,6 @@
 """adapter_setup.json: how the adapters of a setup act together, as a small tree of names."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,11 @@ class Fuse:
 
 @dataclass(frozen=True)
 class Average:
-    """`weights` as the library uses them, one for each child."""
+    """`weights` as the library uses them, one for each child: it divides those of a file by their sum, `total`."""
 
     children: tuple[One, ...]
     weights: tuple[float, ...]
+    total: float = 1.0
 
     def names(self) -> tuple[str, ...]:
         return tuple(child.name for child in self.children)
@@ -105,7 +107,7 @@ def _inner(setup: Any) -> One | Fuse | Average:
         case "Fuse":
             return Fuse(_names(kind, children))
         case "Average":
-            return Average(_names(kind, children), _weights(told, len(children)))
+            return Average(_names(kind, children), *_weights(told, len(children)))
         case _:
             raise FailedPrecondition(
                 f"adapter_setup.json has a {kind} block inside another block; this release serves it at the top alone",
@@ -119,7 +121,7 @@ def _names(kind: str, children: list[Any]) -> tuple[One, ...]:
     made = tuple(child for child in found if isinstance(child, One))
     if len(made) < len(found):
         raise FailedPrecondition(
-            f"adapter_setup.json has blocks inside a {kind} block; this release serves adapters alone there",
+            f"adapter_setup.json has blocks in a {kind} block; this release serves adapters alone there",
             reason="OPTION_NOT_SERVED",
             metadata={"type": kind},
         )
@@ -128,11 +130,15 @@ def _names(kind: str, children: list[Any]) -> tuple[One, ...]:
     return made
 
 
-def _weights(told: Mapping[str, Any], count: int) -> tuple[float, ...]:
+def _weights(told: Mapping[str, Any], count: int) -> tuple[tuple[float, ...], float]:
     given = told.get("weights")
     if not isinstance(given, list) or len(given) != count:
         raise BadCheckpoint(f"an Average of {count} has weights {shown(given)}; {count} numbers are expected")
-    return tuple(options.number({"weights": value}, "weights", 0.0) for value in given)
+    weights = [options.number({"weights": value}, "weights", 0.0) for value in given]
+    total = sum(weights)
+    if not total or not math.isfinite(total):
+        raise BadCheckpoint(f"an Average has weights {shown(given)}, and divides them by their sum, {total:g}")
+    return tuple(weight / total for weight in weights), total
 
 
 def _chosen(count: int, task_id: int | None) -> int:

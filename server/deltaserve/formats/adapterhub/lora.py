@@ -213,7 +213,7 @@ def _composed(block: Block, changes: dict[str, Change], site: Site) -> Change:
                 reason="KIND_NOT_SERVED",
                 metadata={"type": "Fuse"},
             )
-        case Average(_, weights):
+        case Average(weights=weights):
             names = block.names()
             found = [(weights[at], changes[name]) for at, name in enumerate(names) if name in changes]
             return _mean([change for _, change in found], [weight / len(found) for weight, _ in found], site)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.sites import BackboneSpec, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
+from deltaserve.formats import options
 from deltaserve.formats.adapterhub import bottlenecks, composition, embedded, heads, lora, prefixes, reft
 from deltaserve.formats.adapterhub.composition import Block, One
 from deltaserve.formats.adapterhub.fusing import Fusing
@@ -122,6 +123,12 @@ def _several(folder: Folder, backbone: BackboneSpec, wanted: Wanted) -> Setup:
             f"adapter_setup.json names {shown(missing[0])}, and none of its folders holds an adapter of that name"
         )
     members = {name: Member(told[name], backbone) for name in dict.fromkeys(block.names())}
+    for average in _children(block):
+        if isinstance(average, composition.Average) and abs(average.total - 1) > 1e-6:
+            members[block.names()[0]].tensors.warn(
+                f"the weights of an Average sum to {average.total:g}: the library divides by that when it loads them, "
+                "and so does this server, whatever they were in training"
+            )
     fusings = [Fusing(one, backbone) for one in inside if one.layout == HUB_FUSION]
     used = tuple(one for one in fusings if one.members in _fused(block))
     last = block.names()[-1]
@@ -130,14 +137,24 @@ def _several(folder: Folder, backbone: BackboneSpec, wanted: Wanted) -> Setup:
 
 
 def _fused(block: Block) -> list[tuple[str, ...]]:
-    children: Sequence[Block] = block.children if isinstance(block, composition.Stack) else (block,)
-    return [child.names() for child in children if isinstance(child, composition.Fuse)]
+    return [child.names() for child in _children(block) if isinstance(child, composition.Fuse)]
+
+
+def _children(block: Block) -> Sequence[Block]:
+    return block.children if isinstance(block, composition.Stack) else (block,)
 
 
 def _check_methods(members: Sequence[Member], backbone: BackboneSpec) -> None:
     for member in members:
         refused = member.places.layout.refused
         for part in member.parts:
+            if "use_gating" in part.told and part.gated and "generate" in backbone.tasks:
+                raise options.not_served(
+                    "use_gating",
+                    True,
+                    "a gate averages over the whole sequence, tokens to come too, which no cache of keys and values "
+                    f"can give; gates are served on encoders, and this backbone is {backbone.family}",
+                )
             if part.architecture in refused:
                 why = _REFUSED.get((part.architecture, backbone.family), "the library does not have this method there")
                 raise FailedPrecondition(

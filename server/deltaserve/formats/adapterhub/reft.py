@@ -83,7 +83,7 @@ def _layer(member: Member, part: Part, sublayer: Sublayer, counts: tuple[int, in
     for unit, reach in enumerate(reaches):
         made = _unit(member, part, f"{at}.{unit}", sublayer, Positions(*counts, reach))
         if reach is Reach.BOTH or counts[unit]:
-            draft.put(sublayer.last if sublayer.sandwich is None else sublayer.sandwich, made)
+            draft.put(sublayer.norm if sublayer.post else sublayer.sandwich or sublayer.last, made)
 
 
 def _unit(member: Member, part: Part, at: str, sublayer: Sublayer, positions: Positions) -> Bottleneck:
@@ -104,13 +104,11 @@ def _unit(member: Member, part: Part, at: str, sublayer: Sublayer, positions: Po
         else:
             why = f"with a projection that is taken away this release serves null and {', '.join(_MIRRORED)}"
             raise options.not_served("non_linearity", part.told["non_linearity"], why)
-    stream = Tap.NORMED if sublayer.post else Tap.SUM
     return Bottleneck(
         down.contiguous(), up.contiguous(), shift, None, f,
-        input=stream,
-        # In front of the norm the stream is h + r, and what is added to h is added to it.
-        carry=Tap.NORMED if sublayer.post else Tap.OUTPUT,
-        replaces=sublayer.post,
+        # Where no norm stands behind, the layer gives h + r, and what is added to h is added to that.
+        input=Tap.OUTPUT if sublayer.post else Tap.SUM,
+        carry=Tap.OUTPUT,
         positions=positions,
     )  # fmt: skip
 
