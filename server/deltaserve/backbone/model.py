@@ -104,11 +104,15 @@ class Backbone:
         self._now.cache = cache
 
     def weights(self, site: str) -> torch.Tensor:
-        """A site's weight, fp32 on the host: [out, in], of an embedding [vocabulary, width]. Not to be written to."""
+        """A site's weight, fp32 on the host: [out, in], of an embedding [vocabulary, width]. Not to be written to.
+
+        Also that of a module which has one and is no site, as it is stored.
+        """
         weight = self._modules[site].weight
         assert isinstance(weight, torch.Tensor)
         host = weight.detach().float().cpu()
-        return host.T.contiguous() if self.spec.sites[site].type is SiteType.CONV1D else host
+        known = self.spec.sites.get(site)
+        return host.T.contiguous() if known is not None and known.type is SiteType.CONV1D else host
 
     def install(self, slot: int, delta: Delta) -> None:
         """Publishes a delta whose tensors are on the device. Between forwards, on the engine's thread."""

@@ -7,7 +7,10 @@ from enum import StrEnum
 import torch
 
 Weights = Callable[[str], torch.Tensor]
-"""The backbone's weight at a site, by its name: host fp32 [out, in], of an embedding [vocabulary, width]; slow."""
+"""The backbone's weight at a site, by its name: host fp32 [out, in], of an embedding [vocabulary, width]; slow.
+
+Of a module that has one and is no site: as it is stored.
+"""
 
 
 class Axis(StrEnum):

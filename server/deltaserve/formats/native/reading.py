@@ -191,13 +191,13 @@ def _check_invocation(delta: Delta, backbone: BackboneSpec) -> None:
 def _same_weights(told: Document, backbone: BackboneSpec, weights: Weighed) -> None:
     for name, hashes in told.weights.items():
         site = backbone.sites.get(name)
-        if site is None or site.type is SiteType.ATTENTION:
+        if name not in backbone.modules or (site is not None and site.type is SiteType.ATTENTION):
             raise BadCheckpoint(f"config key 'weights' names {record.shown(name)}, which has none here")
         ours = {}
         if "weight" in hashes:
             ours["weight"] = weights.digest(name)
         if "bias" in hashes:
-            ours["bias"] = "" if site.bias is None else digest(site.bias)
+            ours["bias"] = "" if site is None or site.bias is None else digest(site.bias)
         for part, found in ours.items():
             if found != hashes[part]:
                 raise BadCheckpoint(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaserve.deltas.adapters import Bottleneck, Tap
-from deltaserve.deltas.primitives import LowRank
+from deltaserve.deltas.primitives import Dense, LowRank
 from deltaserve.deltas.sites import SiteType
 from deltaserve.errors import BadCheckpoint, FailedPrecondition
 from deltaserve.formats import options
@@ -139,6 +139,8 @@ def _put(
     found = read(checkpoint, start, width)
     if behind.width(behind.output, checkpoint.backbone) != width:
         raise BadCheckpoint(f"tensors below {start!r} give {width} numbers, and what they are added to has others")
+    if behind.output is Tap.OWN:
+        found = _fed(found, _weight(checkpoint, draft, behind.site))
     draft.put(
         behind.site,
         Bottleneck(
@@ -148,10 +150,24 @@ def _put(
             found.up_bias,
             function,
             input=tap,
-            carry=behind.output,
+            carry=Tap.OUTPUT if behind.output is Tap.OWN else behind.output,
             replaces=behind.replaces,
         ),
     )
+
+
+def _fed(found: Network, weight: torch.Tensor) -> Network:
+    """W (x + A(x)) + b = (W x + b) + W A(x): up and its bias, fp32, for the output of the linear that gets x."""
+    up = weight.double() @ found.up.double()
+    bias = None if found.up_bias is None else (weight.double() @ found.up_bias.double()).float()
+    return Network(found.down, found.down_bias, up.float(), bias)
+
+
+def _weight(checkpoint: Checkpoint, draft: Draft, site: str) -> torch.Tensor:
+    """A linear's weight [out, in], the checkpoint's own where it has one."""
+    own = (part.weight for part in draft.at.get(site, ()) if isinstance(part, Dense) and part.replace)
+    found = next(own, None)
+    return checkpoint.weights(site) if found is None else found
 
 
 def _plain(checkpoint: Checkpoint, start: str, width: int) -> Network:

@@ -9,11 +9,20 @@ from deltaserve.formats.opendelta.checkpoint import unserved
 from deltaserve.formats.options import shown
 
 LINEAR = (SiteType.LINEAR, SiteType.CONV1D)
+_FEEDING = {
+    "attention.self": "attention.output.dense",
+    "intermediate": "output.dense",
+}
+"""Modules of an encoder's layer whose output a linear gets and nothing else does, and which one that is."""
+_ENCODERS = ("bert", "roberta")
 
 
 @dataclass(frozen=True)
 class Place:
-    """`output`: what of the site the module gives. `input`: what the module gets; None: nothing that a site can tap."""
+    """`output`: what of the site the module gives. `input`: what the module gets; None: nothing that a site can tap.
+
+    With `output` OWN the module gives what the site, a linear, gets.
+    """
 
     site: str
     output: Tap
@@ -41,6 +50,10 @@ def place(spec: BackboneSpec, module: str) -> Place:
     for sublayer in spec.sublayers:
         if sublayer.norm == module and sublayer.post:
             return Place(sublayer.last, Tap.NORMED, Tap.SUM)
+    for feeding, fed in _FEEDING.items():
+        layer = module.removesuffix(f".{feeding}")
+        if spec.family in _ENCODERS and layer != module and f"{layer}.{fed}" in spec.sites:
+            return Place(f"{layer}.{fed}", Tap.OWN, None)
     inside = [sublayer for sublayer in spec.sublayers if sublayer.last.startswith(module + ".")]
     if site is not None and site.type is not SiteType.ATTENTION:
         inside = []

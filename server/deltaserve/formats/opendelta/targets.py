@@ -90,10 +90,9 @@ STACKS: Mapping[str, tuple[Stack, ...]] = {
     "gpt2": (_GPT2,),
     "opt": (_OPT,),
 }
-_ALONE = {
-    "encoder.final_layer_norm": "encoder@.layer_norm@",
-    "decoder.final_layer_norm": "decoder@.layer_norm@",
-    "ln_f": "decoder@.layer_norm@",
+_ALONE: Mapping[str, Mapping[str, str]] = {
+    "t5": {f"{stack}.final_layer_norm": f"{stack}@.layer_norm@" for stack in ("encoder", "decoder")},
+    "gpt2": {"ln_f": "decoder@.layer_norm@"},
 }
 """What stands outside of layers."""
 
@@ -130,8 +129,9 @@ def _common(family: str, bare: str) -> tuple[str, ...]:
 
 
 def _named(family: str, bare: str) -> Iterator[str]:
-    if bare in _ALONE:
-        yield _ALONE[bare]
+    alone = _ALONE.get(family, {})
+    if bare in alone:
+        yield alone[bare]
     for stack in STACKS[family]:
         if bare.startswith(stack.path + "."):
             number, _, inner = bare.removeprefix(stack.path + ".").partition(".")

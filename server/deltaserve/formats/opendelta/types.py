@@ -75,9 +75,9 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     beside = _beside(checkpoint, row)
     task, guessed = _task_of(checkpoint)
     head = _head(checkpoint, draft, task)
+    whole.lower(checkpoint, draft)
     for each in (row, *beside):
         each.lower(checkpoint, draft)
-    whole.lower(checkpoint, draft)
     checkpoint.finish()
     check_numbers(draft)
     if draft.nothing():

@@ -41,8 +41,6 @@ class Tally:
 def bitfit(checkpoint: Checkpoint, draft: Draft) -> None:
     """y' = y + bias at modules that had none; the values of those that there were are taken by `lower`."""
     draft.kind("bitfit")
-    if checkpoint.type == "bitfit":
-        _check_biases(checkpoint)
     for module in checkpoint.found.get("bitfit", ()):
         site = checkpoint.backbone.sites.get(module)
         if site is None or site.type not in (*LINEAR, SiteType.NORM):
@@ -52,8 +50,9 @@ def bitfit(checkpoint: Checkpoint, draft: Draft) -> None:
 
 def lower(checkpoint: Checkpoint, draft: Draft) -> None:
     """Takes every tensor that has a backbone's name. Raises BadCheckpoint, FailedPrecondition."""
-    tally = Tally()
-    backbone = checkpoint.backbone
+    if checkpoint.type == "bitfit":
+        _check_biases(checkpoint)
+    tally, backbone = Tally(), checkpoint.backbone
     one = (backbone.input_embedding, *backbone.tied)
     if any(checkpoint.has(f"{name}.weight") for name in (*one, *_copies(checkpoint))):
         _tied(checkpoint, draft, tally, one)
