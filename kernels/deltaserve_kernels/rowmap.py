@@ -6,6 +6,8 @@ from functools import cached_property
 
 import torch
 
+from deltaserve_kernels.staging import Staging
+
 BARE = -1
 """The slot of rows that have no delta, and of padding."""
 
@@ -143,14 +145,61 @@ class RowMap:
     @cached_property
     def slots(self) -> torch.Tensor:
         """int32 [rows]; BARE for bare rows."""
-        host = torch.full((self.rows,), BARE, dtype=torch.int32)
-        for run in self.runs:
-            host[run.start : run.stop] = run.slot
-        return host.to(self.device)
+        return self._slots().to(self.device)
 
     @cached_property
     def order(self) -> torch.Tensor:
         """int64 [rows that are not bare]: rows sorted by slot, those of one slot in row order."""
+        return self._order().to(self.device)
+
+    def tiles(self, height: int) -> torch.Tensor:
+        """int32 [tiles, 3], of `order` cut: a tile's slot, where in the order it begins, its rows, `height` at most.
+
+        Made once for each height.
+        """
+        found = self.kept.get(("tiles", height))
+        if found is None:
+            found = self.kept["tiles", height] = self._tiles(height).to(self.device)
+        return found
+
+    @property
+    def asked(self) -> frozenset[int]:
+        """Heights of the tiles that kernels asked for; 0 stands for `slots` and `order`."""
+        whole = {0} if "slots" in self.__dict__ or "order" in self.__dict__ else set()
+        return frozenset(whole | {height for name, height in self.kept if name == "tiles"})
+
+    def stage(self, staging: Staging, asked: Iterable[int]) -> None:
+        """Makes what kernels will ask for ahead, so that it goes to the device with everything else; see `asked`."""
+        if not self.runs:
+            return
+        for height in asked:
+            if height:
+                self._kept_from(staging, height)
+            else:
+                staging.put(self._slots(), torch.int32, lambda tensor: self.__dict__.update(slots=tensor))
+                staging.put(self._order(), torch.int64, lambda tensor: self.__dict__.update(order=tensor))
+
+    def _kept_from(self, staging: Staging, height: int) -> None:
+        staging.put(self._tiles(height), torch.int32, lambda tensor: self.kept.update({("tiles", height): tensor}))
+
+    def _slots(self) -> torch.Tensor:
+        host = torch.full((self.rows,), BARE, dtype=torch.int32)
+        for run in self.runs:
+            host[run.start : run.stop] = run.slot
+        return host
+
+    def _order(self) -> torch.Tensor:
         ordered = sorted(self.runs, key=lambda run: (run.slot, run.start))
         pieces = [torch.arange(run.start, run.stop) for run in ordered]
-        return (torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)).to(self.device)
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+    def _tiles(self, height: int) -> torch.Tensor:
+        counts: dict[int, int] = {}
+        for run in self.runs:
+            counts[run.slot] = counts.get(run.slot, 0) + run.rows
+        cut, at = [], 0
+        for slot in sorted(counts):
+            for first in range(0, counts[slot], height):
+                cut.append((slot, at + first, min(height, counts[slot] - first)))
+            at += counts[slot]
+        return torch.tensor(cut, dtype=torch.int32).reshape(-1, 3)

@@ -85,7 +85,7 @@ def test_stacks_are_bounded_and_follow_changes():
     for slots in ((1, 2), (2, 3), (3, 4), (0, 2)):
         lowrank.apply(torch.zeros(2, 6), x, RowMap.of([(s, 1) for s in slots], CPU), table)
     # Of each bucket two sets of two slots, in fp32.
-    assert 0 < held and table.cached_bytes <= 2 * 2 * 4 * (8 + 16) * (8 + 6)
+    assert held > 0 and table.cached_bytes <= 2 * 2 * 4 * (8 + 16) * (8 + 6)
     lowrank.apply(torch.zeros(2, 6), x, rowmap, table)
     table.drop(0)
     table.put(0, (torch.zeros(2, 8), torch.zeros(6, 2)), (1.0,))

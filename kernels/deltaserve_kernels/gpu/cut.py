@@ -4,13 +4,14 @@ A row of a tile is one query at one head of a group. Made once for each forward,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
 
 from deltaserve_kernels.attention.sequences import Sequence, Sequences
 from deltaserve_kernels.gpu.reads import ATTENTION, PART, Reads
+from deltaserve_kernels.staging import Staging
 
 COLUMNS = 8
 """Query start, queries (0: an empty tile), position, key start, keys, slot, first row, place of its partial sums.
@@ -32,7 +33,16 @@ class Heads:
         return self.queries // self.keys
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Key:
+    """What a forward's layers with the same cut have in common."""
+
+    heads: Heads
+    fp32: bool
+    biased: bool
+
+
+@dataclass(eq=False)
 class Cut:
     """For sequences whose keys are in the cache, or for those whose keys are this forward's own.
 
@@ -42,14 +52,14 @@ class Cut:
     """
 
     cached: bool
-    tiles: torch.Tensor
-    split: torch.Tensor | None
     parts: int
     rows: int
     places: int
     last_query: int
     last_key: int
     last_slot: int
+    tiles: torch.Tensor = field(init=False)
+    split: torch.Tensor | None = None
 
     def check(self, queries: int, keys: int, slots: int) -> None:
         """Raises ValueError where there are fewer query rows, key rows or slots than its sequences name."""
@@ -73,27 +83,37 @@ class Cuts:
 
 def of(sequences: Sequences, heads: Heads, fp32: bool, biased: bool, device: torch.device) -> Cuts:
     """For `heads` of rows in `fp32` or halves, `biased` or not. Raises ValueError where a sequence is not possible."""
-    key = ("cuts", heads, fp32, biased)
-    found = sequences.kept.get(key)
-    if found is None:
-        items = sequences.items
-        rows = sum(item.queries for item in items) * heads.group
-        reads = ATTENTION.choose(rows / max(1, len(items)), heads.width, fp32, biased)
-        found = sequences.kept[key] = _cuts(items, heads.group, reads, device)
+    key = Key(heads, fp32, biased)
+    if key not in sequences.kept:
+        staging = Staging(device)
+        stage(sequences, key, staging)
+        staging.ship()
+    found = sequences.kept[key]
     assert isinstance(found, Cuts)
     return found
 
 
-def _cuts(items: tuple[Sequence, ...], group: int, reads: Reads, device: torch.device) -> Cuts:
+def stage(sequences: Sequences, key: object, staging: Staging) -> None:
+    """Cuts ahead, so that the tiles go to the device with everything else: `key` is of `sequences.kept` of an earlier
+    forward. Raises as `of`.
+    """
+    if isinstance(key, Key):
+        items = sequences.items
+        rows = sum(item.queries for item in items) * key.heads.group
+        reads = ATTENTION.choose(rows / max(1, len(items)), key.heads.width, key.fp32, key.biased)
+        sequences.kept[key] = _cuts(items, key.heads.group, reads, staging)
+
+
+def _cuts(items: tuple[Sequence, ...], group: int, reads: Reads, staging: Staging) -> Cuts:
     for number, item in enumerate(items):
         if min(item.query_start, item.queries, item.position, item.key_start, item.keys, item.slot + 1) < 0:
             raise ValueError(f"sequences: number {number} has a negative range or slot: {item}")
     kinds = ((cached, [item for item in items if item.queries and item.cached == cached]) for cached in (False, True))
-    cuts = tuple(_cut(cached, found, group, reads, device) for cached, found in kinds if found)
+    cuts = tuple(_cut(cached, found, group, reads, staging) for cached, found in kinds if found)
     return Cuts(sum(item.queries for item in items), reads, cuts)
 
 
-def _cut(cached: bool, items: list[Sequence], group: int, reads: Reads, device: torch.device) -> Cut:
+def _cut(cached: bool, items: list[Sequence], group: int, reads: Reads, staging: Staging) -> Cut:
     tiles, split = [], []
     parts, tallest, places = 1, 0, 0
     for item in items:
@@ -105,10 +125,8 @@ def _cut(cached: bool, items: list[Sequence], group: int, reads: Reads, device: 
             parts, tallest, places = max(parts, several), max(tallest, rows), places + several * rows
         else:
             tiles += [(*known, first, -1) for first in range(0, rows, reads.m)]
-    return Cut(
+    made = Cut(
         cached,
-        _on(tiles, device),
-        _on(split, device) if split else None,
         parts,
         tallest,
         places,
@@ -116,7 +134,11 @@ def _cut(cached: bool, items: list[Sequence], group: int, reads: Reads, device: 
         last_key=max(item.key_start + item.keys for item in items),
         last_slot=max(item.slot for item in items),
     )
+    staging.put(_numbers(tiles), torch.int32, lambda tensor: setattr(made, "tiles", tensor))
+    if split:
+        staging.put(_numbers(split), torch.int32, lambda tensor: setattr(made, "split", tensor))
+    return made
 
 
-def _on(rows: Iterable[tuple[int, ...]], device: torch.device) -> torch.Tensor:
-    return torch.tensor(list(rows), dtype=torch.int32).to(device)
+def _numbers(rows: Iterable[tuple[int, ...]]) -> torch.Tensor:
+    return torch.tensor(list(rows), dtype=torch.int32)

@@ -8,14 +8,8 @@ from deltaserve_kernels.rowmap import RowMap
 
 
 def tiles(rowmap: RowMap, height: int) -> torch.Tensor:
-    """int32 [tiles, 3]: each tile's slot (BARE: an empty one), where in `rowmap.order` it begins, and its rows.
-
-    Made once for each height and forward.
-    """
-    found = rowmap.kept.get(("tiles", height))
-    if found is None:
-        found = rowmap.kept["tiles", height] = torch.tensor(_cut(rowmap, height), dtype=torch.int32).to(rowmap.device)
-    return found
+    """See `RowMap.tiles`; a slot that is BARE is that of an empty one."""
+    return rowmap.tiles(height)
 
 
 @triton.jit
@@ -32,15 +26,3 @@ def members(tiles, tile, M: tl.constexpr):
     first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     m = tl.arange(0, M)
     return first + m, m < count
-
-
-def _cut(rowmap: RowMap, height: int) -> list[tuple[int, int, int]]:
-    counts: dict[int, int] = {}
-    for run in rowmap.runs:
-        counts[run.slot] = counts.get(run.slot, 0) + run.rows
-    cut, at = [], 0
-    for slot in sorted(counts):
-        for first in range(0, counts[slot], height):
-            cut.append((slot, at + first, min(height, counts[slot] - first)))
-        at += counts[slot]
-    return cut

@@ -11,6 +11,7 @@ from deltaserve.deltas.sites import Axis, Pooling
 from deltaserve.engine.request import Job
 from deltaserve.engine.scheduler import Batch, Chunk
 from deltaserve.engine.sequence import Sequence
+from deltaserve.engine.stager import Stager
 from deltaserve.plan import Plan, PromptPiece, Stack
 from deltaserve_kernels.attention.sequences import Sequence as Span
 from deltaserve_kernels.attention.sequences import Sequences
@@ -73,11 +74,8 @@ class _Axis:
         self.token_types.extend([0] * len(ids) if types is None else types)
         self.runs.extend(runs)
 
-    def stack(self, device: torch.device) -> Stack | None:
-        if not self.ids:
-            return None
-        rows = torch.tensor([self.ids, self.positions, self.token_types], dtype=torch.int64).to(device)
-        return Stack(rows[0], rows[1], rows[2], tuple(self.prompts))
+    def stack(self, rows: torch.Tensor) -> Stack | None:
+        return Stack(rows[0], rows[1], rows[2], tuple(self.prompts)) if self.ids else None
 
 
 class Planner:
@@ -93,6 +91,7 @@ class Planner:
         self._causal = {row.axis: row.causal for row in backbone.family.attentions}
         self._cached = {row.axis: row.cached for row in backbone.family.attentions}
         self._start_id = backbone.defaults.decoder_start_id or 0
+        self._staging = Stager(self._device)
         self._poolings = {head.pooling for head in backbone.spec.heads.values()}
 
     def layout(self, batch: Batch) -> Layout:
@@ -157,25 +156,41 @@ class Planner:
                 pooled.append(Pooled(sequence, span, (made, len(averaged)) if counts else None))
 
         tokens, decoder = axes[Axis.TOKENS], axes[Axis.DECODER]
-        device = self._device
+        maps = {
+            Axis.TOKENS: tokens.runs,
+            Axis.DECODER: decoder.runs,
+            Axis.MEMORY: memory_runs,
+            Axis.SAMPLED: slots_sampled,
+            Axis.POOLED: runs_pooled,
+        }
+        attention = {
+            Axis.TOKENS: (tokens.spans, tokens.write),
+            Axis.DECODER: (decoder.spans, decoder.write),
+            Axis.MEMORY: (memory_spans, memory_write),
+        }
+        numbers = {
+            "tokens": [tokens.ids, tokens.positions, tokens.token_types],
+            "decoder": [decoder.ids, decoder.positions, decoder.token_types],
+            "memory": memory,
+            "sampled": rows_sampled,
+            "pooled": rows_pooled,
+        }
+        staged = self._staging.shipped(
+            {name: torch.tensor(given, dtype=torch.int64) for name, given in numbers.items()},
+            {axis: RowMap.of(runs, self._device) for axis, runs in maps.items()},
+            {
+                axis: (self._sequences(axis, spans), write if self._cached.get(axis, False) else [])
+                for axis, (spans, write) in attention.items()
+            },
+        )
         plan = Plan(
-            maps={
-                Axis.TOKENS: RowMap.of(tokens.runs, device),
-                Axis.DECODER: RowMap.of(decoder.runs, device),
-                Axis.MEMORY: RowMap.of(memory_runs, device),
-                Axis.SAMPLED: RowMap.of(slots_sampled, device),
-                Axis.POOLED: RowMap.of(runs_pooled, device),
-            },
-            attention={
-                Axis.TOKENS: self._sequences(Axis.TOKENS, tokens.spans, tokens.write),
-                Axis.DECODER: self._sequences(Axis.DECODER, decoder.spans, decoder.write),
-                Axis.MEMORY: self._sequences(Axis.MEMORY, memory_spans, memory_write),
-            },
-            tokens=tokens.stack(device),
-            decoder=decoder.stack(device),
-            memory=torch.tensor(memory, dtype=torch.int64, device=device),
-            sampled=torch.tensor(rows_sampled, dtype=torch.int64, device=device),
-            pooled=torch.tensor(rows_pooled, dtype=torch.int64, device=device),
+            maps=staged.maps,
+            attention=staged.attention,
+            tokens=tokens.stack(staged.numbers["tokens"]),
+            decoder=decoder.stack(staged.numbers["decoder"]),
+            memory=staged.numbers["memory"],
+            sampled=staged.numbers["sampled"],
+            pooled=staged.numbers["pooled"],
             averaged=None if len(averaged) == len(rows_pooled) else tuple(averaged),
         )
         return Layout(plan, tuple(sampled), tuple(pooled))
@@ -257,10 +272,8 @@ class Planner:
         assert sequence.memory_start is not None
         return Span(row, count, 0, sequence.memory_start, sequence.memory_tokens, sequence.slot, True)
 
-    def _sequences(self, axis: Axis, spans: list[Span], write: list[int]) -> Sequences:
-        cached = self._cached.get(axis, False)
-        index = torch.tensor(write, dtype=torch.int64, device=self._device) if cached and write else None
-        return Sequences(tuple(spans), self._causal.get(axis, False), index)
+    def _sequences(self, axis: Axis, spans: list[Span]) -> Sequences:
+        return Sequences(tuple(spans), self._causal.get(axis, False))
 
     @staticmethod
     def _sample_prefill(chunk: Chunk, first: int, sample: "_Sample") -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -76,7 +77,7 @@ class Runner:
     def _rows(self, layout: Layout, rows: Rows) -> list[Outcome]:
         hidden = rows.tokens
         assert hidden is not None
-        outcomes = []
+        embedded: list[tuple[Sequence, torch.Tensor]] = []
         classified: list[tuple[Pooled, torch.Tensor]] = []
         for place in layout.pooled:
             first, end = place.rows
@@ -84,11 +85,13 @@ class Runner:
             if place.sequence.request.job is Job.EMBED:
                 pooling = place.sequence.request.pooling
                 assert pooling is not None
-                vector = _EMBED[pooling](own, place.sequence).float().tolist()
-                outcomes.append(Outcome(place.sequence, vector=tuple(vector)))
+                embedded.append((place.sequence, _EMBED[pooling](own, place.sequence).float()))
             else:
                 classified.append((place, self._head_rows(place, own, rows)))
-        return outcomes + self._classify(classified)
+        # One wait for all.
+        vectors = torch.stack([vector for _, vector in embedded]).tolist() if embedded else []
+        told = zip(embedded, vectors, strict=True)
+        return [Outcome(sequence, vector=tuple(vector)) for (sequence, _), vector in told] + self._classify(classified)
 
     def _head_rows(self, place: Pooled, own: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The rows a delta's head reads, [n, hidden]."""
@@ -127,11 +130,11 @@ class Runner:
             assert resident is not None and resident.delta is not None and resident.delta.head is not None
             layers[resident.slot] = [(h.weight, h.bias, h.activation) for h in resident.delta.head.layers]
         scores = heads(torch.cat([r for _, r in classified]), rowmap, layers)
-        outcomes, at = [], 0
+        told = iter(torch.cat(scores).tolist())
+        numbers = iter([tuple(islice(told, row.shape[0])) for row in scores])
+        outcomes = []
         for place, rows in classified:
-            own = scores[at : at + rows.shape[0]]
-            at += rows.shape[0]
-            outcomes.append(Outcome(place.sequence, scores=tuple(tuple(row.tolist()) for row in own)))
+            outcomes.append(Outcome(place.sequence, scores=tuple(islice(numbers, rows.shape[0]))))
         return outcomes
 
 

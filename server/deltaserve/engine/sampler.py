@@ -19,7 +19,10 @@ _HEAD = 1024
 
 
 def choose(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token of each sequence. logits [n, vocabulary], any float dtype; row i belongs to sequences[i]."""
+    """The next token of each sequence. logits [n, vocabulary], any float dtype; row i belongs to sequences[i].
+
+    On a GPU nothing waits for it but these tokens.
+    """
     wants = [s.request.sampling for s in sequences]
     assert all(w is not None for w in wants)
     samplings = [w for w in wants if w is not None]
@@ -99,16 +102,27 @@ def _draw(scores: torch.Tensor, samplings: Rows[Sampling], sequences: Rows[Seque
     free = [i for i in range(len(samplings)) if i not in set(filtered)]
     if free:
         tokens[free] = _pick(scores[free].softmax(-1), points[free])
-    # Sorting a vocabulary costs as much as many layers; what the filters leave mostly stands in a short head of it.
-    for width in (_HEAD, scores.shape[-1]):
+    for width in _widths(scores):
         if filtered:
             rows = scores[filtered]
             ordered, ids = rows.topk(min(width, scores.shape[-1]), -1)
             probabilities = _filtered(ordered, rows, [samplings[i] for i in filtered])
             tokens[filtered] = ids.gather(1, _pick(probabilities, points[filtered]).unsqueeze(1)).squeeze(1)
+            if width >= scores.shape[-1]:
+                break
             cut = (probabilities[:, -1] > 0).tolist()
-            filtered = [i for i, more in zip(filtered, cut, strict=True) if more]
+            # Top-p is of what top-k left: all of that has to be in sight.
+            filtered = [i for i, more in zip(filtered, cut, strict=True) if more or samplings[i].top_k > width]
     return tokens
+
+
+def _widths(scores: torch.Tensor) -> tuple[int, ...]:
+    """How many leading scores are looked at, one after the other: what filters leave mostly stands in a short head.
+
+    On a CPU sorting a vocabulary costs as much as many layers; on a GPU to ask whether the head was long enough would
+    wait for all that runs.
+    """
+    return (_HEAD, scores.shape[-1]) if scores.device.type == "cpu" else (scores.shape[-1],)
 
 
 def _filtered(ordered: torch.Tensor, scores: torch.Tensor, samplings: Rows[Sampling]) -> torch.Tensor:
