@@ -50,7 +50,12 @@ class Form:
             scale, gated = adapter.carry_scale, adapter.gate is not None
             return common(inputs=(adapter.input,), carry_scale=scale, gated=gated, positions=adapter.positions)
         inputs = tuple(member.input for member in adapter.members)
-        return common(inputs=inputs, members_carry=adapter.members_carry, query=adapter.query_tap)
+        return common(
+            inputs=inputs,
+            carry_scale=adapter.carry_scale,
+            members_carry=adapter.members_carry,
+            query=adapter.query_tap,
+        )
 
     @property
     def taps(self) -> frozenset[Tap]:
@@ -129,7 +134,7 @@ class Group:
             bottleneck.apply(made, view.read(form.inputs[number], form.norm), rowmap, table)
             members[:, number] = made
         if form.members_carry and form.carry is not None:
-            members += view.read(form.carry, form.norm).unsqueeze(1)
+            members.add_(view.read(form.carry, form.norm).unsqueeze(1), alpha=form.carry_scale)
         assert form.query is not None
         fusion.apply(y, view.read(form.query, form.norm), members, rowmap, self.fusion)
 

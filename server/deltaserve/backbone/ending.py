@@ -32,6 +32,8 @@ class Norm(Module, Protocol):
 
     def normed(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor: ...
 
+    def edits(self, rowmap: RowMap) -> bool: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Ending:
@@ -65,6 +67,10 @@ class Ending:
             self.start.keep(slot)
         if Tap.INPUT in taps:
             self.first.keep(slot)
+
+    def read_later(self, rowmap: RowMap) -> bool:
+        """Whether adapters behind the sandwich norm read what is kept once more."""
+        return self.sandwich is not None and self.sandwich.edits(rowmap)
 
     def forget(self, slot: int) -> None:
         self.first.forget(slot)
@@ -129,7 +135,7 @@ class View:
 
     def close(self) -> None:
         """Lets go of what was kept for the adapters here."""
-        if self.ending is not None:
+        if self.ending is not None and not self.ending.read_later(self.rowmap):
             self.now.kept.pop(self.ending.first.site.name, None)
             self.now.kept.pop(self.ending.norm.site.name, None)
 

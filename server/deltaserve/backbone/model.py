@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -217,7 +217,11 @@ class Backbone:
             assert isinstance(last, WrappedLinear)
             sandwich = None if sublayer.sandwich is None else norms[sublayer.sandwich]
             first = self._wrapped[sublayer.first[0]]
-            last.adapters.ending = Ending(sublayer, first, norm(sublayer.norm, last.site), sandwich, norms.__getitem__)
+            before = norm(sublayer.norm, last.site)
+            last.adapters.ending = Ending(sublayer, first, before, sandwich, norms.__getitem__)
+            if sandwich is not None:  # what it gives is what is added to the stream
+                own = replace(sublayer, sandwich=None)
+                sandwich.adapters.ending = Ending(own, first, before, None, norms.__getitem__)
 
     def _open_embedded(self) -> Embedded:
         module = None if self.family.embedded is None else self._modules[self.family.embedded]

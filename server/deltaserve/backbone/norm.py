@@ -62,8 +62,14 @@ class WrappedNorm(WrappedModule):
         for grid, rows in instead:
             grid.put(total, rows)
         if adapted:
-            self.adapters.apply(View(self._now, self.site.axis, x.reshape(total.shape), total, y.dtype, None))
+            self.adapters.apply(
+                View(self._now, self.site.axis, x.reshape(total.shape), total, y.dtype, self.adapters.ending)
+            )
         return total.to(y.dtype).view(y.shape)
+
+    def edits(self, rowmap: RowMap) -> bool:
+        """Whether adapters that stand here act on any of these rows."""
+        return self.adapters.touches(rowmap)
 
     def normed(self, x: torch.Tensor, rowmap: RowMap) -> torch.Tensor:
         """What the norm gives, with all that acts at it but adapters and what they put here."""

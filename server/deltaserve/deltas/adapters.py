@@ -3,7 +3,8 @@
 A sublayer (attention, cross-attention, feed-forward) ends in its last linear, whose output h is added to the residual
 stream r. Where the norm stands before the sublayer (T5, GPT-2, Llama) the stream goes on as h + r; where it stands
 behind (BERT), as LN(h + r). An adapter stands at the last linear's site: it sees what `Tap` names, and what it gives
-takes the place of h, or with `replaces` of the stream behind the sublayer.
+takes the place of h, or with `replaces` of the stream behind the sublayer. Where a norm stands between that linear and
+the sum (Gemma2), adapters can stand at the norm as well, and h is what it gives.
 """
 
 from dataclasses import dataclass

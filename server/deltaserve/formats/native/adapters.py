@@ -64,7 +64,7 @@ def gate(found: Gate, width: int, place: str) -> None:
 
 def _stands(taps: list[Tap], replaces: bool, norm: str | None, site: Site, spec: BackboneSpec, place: str) -> None:
     """What it taps is there: the stream beside a site is known where a sublayer ends."""
-    ends = next((sublayer for sublayer in spec.sublayers if sublayer.last == site.name), None)
+    ends = next((sublayer for sublayer in spec.sublayers if site.name in (sublayer.last, sublayer.sandwich)), None)
     beside = [tap.value for tap in taps if tap not in _ANYWHERE]
     if ends is None and (beside or replaces or norm is not None):
         what = f"taps {beside[0]!r}" if beside else "replaces the stream"
