@@ -71,6 +71,22 @@ class DeltaOutcome:
 
 
 @dataclass(frozen=True)
+class CombinationOutcome:
+    """Deltas on one request: the share of held-out sentences to which both tasks, or all, were done, by our server."""
+
+    deltas: tuple[str, ...]
+    chain: tuple[str, ...]
+    exact_match: float
+    examples: tuple[Example, ...]
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "CombinationOutcome":
+        """From what `asdict` made of one, by way of JSON."""
+        words = {"deltas": tuple(told["deltas"]), "chain": tuple(told["chain"])}
+        return cls(**{**told, **words, "examples": tuple(map(_example, told["examples"]))})
+
+
+@dataclass(frozen=True)
 class Results:
     seed: int
     date: str
@@ -81,6 +97,7 @@ class Results:
     full_rate: float
     backbone: BackboneOutcome
     deltas: tuple[DeltaOutcome, ...]
+    combinations: tuple[CombinationOutcome, ...] = ()
     note: str = ""  # what a reader of the numbers should know besides
 
     def write(self, folder: Path) -> None:
@@ -90,7 +107,9 @@ class Results:
     def read(cls, folder: Path) -> "Results":
         told = json.loads((folder / FILE).read_text())
         backbone = BackboneOutcome.of(told.pop("backbone"))
-        return cls(backbone=backbone, deltas=tuple(map(DeltaOutcome.of, told.pop("deltas"))), **told)
+        deltas = tuple(map(DeltaOutcome.of, told.pop("deltas")))
+        combinations = tuple(map(CombinationOutcome.of, told.pop("combinations", ())))
+        return cls(backbone=backbone, deltas=deltas, combinations=combinations, **told)
 
 
 def _example(told: list[str]) -> Example:

@@ -13,17 +13,19 @@ from deltaserve_client import Client, DeltaInfo, DeltaserveError, ServerInfo, St
 
 BACKGROUND_THREADS = 4
 ANSWER_SECONDS = 30.0
-BARE = ""
-"""The name of no delta: the bare backbone."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out sentence for one delta, or for the bare backbone with its instruction; and what is right."""
+    """A held-out sentence for some deltas, or for the bare backbone with its instruction; and what is right."""
 
-    delta: str
+    deltas: tuple[str, ...]
     input: str
     expected: str
+
+    @property
+    def who(self) -> str:
+        return "+".join(self.deltas) or "the bare backbone"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class Outcome:
 
 
 def questions(results: Results) -> tuple[Question, ...]:
-    """One for each delta, then those for the bare backbone."""
-    each = [Question(delta.name, *delta.examples[0]) for delta in results.deltas]
-    return (*each, *(Question(BARE, *example) for example in results.backbone.examples))
+    """One for each delta and each combination of several, then those for the bare backbone."""
+    each = [Question((delta.name,), *delta.examples[0]) for delta in results.deltas]
+    several = [Question(one.deltas, *one.examples[0]) for one in results.combinations]
+    return (*each, *several, *(Question((), *example) for example in results.backbone.examples))
 
 
 def play(client: Client, results: Results, heard: Callable[[DeltaInfo], None]) -> Outcome:
@@ -100,8 +103,8 @@ def play(client: Client, results: Results, heard: Callable[[DeltaInfo], None]) -
 
 def ask(client: Client, question: Question) -> Answered:
     began = time.monotonic()
-    if question.delta:
-        result = client.generate(question.input, delta=question.delta, timeout=ANSWER_SECONDS)
+    if question.deltas:
+        result = client.generate(question.input, deltas=question.deltas, timeout=ANSWER_SECONDS)
     else:
         result = client.generate(question.input, backbone=True, timeout=ANSWER_SECONDS)
     return Answered(question, result.text, time.monotonic() - began, result.usage.output_tokens)
@@ -122,27 +125,27 @@ def together(client: Client, asked: Sequence[Question]) -> tuple[Answered, ...]:
 @contextmanager
 def _traffic(client: Client, asked: Sequence[Question]) -> Iterator[tuple[Traffic, list[str]]]:
     """Threads that ask all the while: the bare backbone and, in turn, whichever deltas are `known` by then."""
-    traffic, known, over, lock = Traffic(), [BARE], threading.Event(), threading.Lock()
+    known: list[str] = []
+    traffic, over, lock = Traffic(), threading.Event(), threading.Lock()
     turns = itertools.cycle(asked)
 
     def turn() -> Question:
         with lock:
-            return next(question for question in turns if question.delta in known)
+            return next(question for question in turns if set(known).issuperset(question.deltas))
 
     def run() -> None:
         while not over.is_set():
             question = turn()
-            who = question.delta or "the bare backbone"
             try:
                 answered = ask(client, question)
             except DeltaserveError as error:
-                traffic.wrong.append(f"{who}: {error.message}")
+                traffic.wrong.append(f"{question.who}: {error.message}")
                 return
             with lock:
                 traffic.answered += 1
                 traffic.slowest = max(traffic.slowest, answered.seconds)
             if not answered.right:
-                traffic.wrong.append(f"{who}: {question.input!r}: {answered.answer!r}")
+                traffic.wrong.append(f"{question.who}: {question.input!r}: {answered.answer!r}")
 
     threads = [threading.Thread(target=run, name=f"background {n}", daemon=True) for n in range(BACKGROUND_THREADS)]
     for thread in threads:

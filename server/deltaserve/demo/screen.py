@@ -76,11 +76,16 @@ def table(to: Console, outcome: Outcome) -> None:
     shown.add_column("ms", justify="right", no_wrap=True)
     by_name = {info.name: info for info in outcome.loaded}
     for answered in outcome.answers:
-        told = by_name.get(answered.question.delta)
-        left = (told.name, ", ".join(told.kinds), f"{told.device_bytes:,}") if told else ("(bare backbone)", "", "")
+        told = [by_name[name] for name in answered.question.deltas]
+        kinds = ", ".join(dict.fromkeys(kind for each in told for kind in each.kinds))
+        taken = f"{told[0].device_bytes:,}" if len(told) == 1 else ""
+        left = ("\n+ ".join(each.name for each in told), kinds, taken) if told else ("(bare backbone)", "", "")
         mark = Text("yes", "green") if answered.right else Text("NO", "bold red")
         shown.add_row(*left, *_said(answered, wide), mark, f"{answered.seconds * 1000:.0f}")
-    to.print(f"One batch: {len(outcome.answers)} requests at once, each for another delta or for the bare backbone.\n")
+    to.print(
+        f"One batch: {len(outcome.answers)} requests at once, each for another delta, for several together, or for the "
+        "bare backbone. Those that stand together were never tuned together.\n"
+    )
     to.print(shown)
     to.print()
 
@@ -132,21 +137,27 @@ def accuracy(to: Console, results: Results) -> None:
     full = f"; full fine-tuning: {worst.full.exact_match:.1%}" if worst.full else ""
     bare = max(delta.backbone_exact_match for delta in results.deltas)
     to.print(
-        "The sentences were held out of training, and are among those that PEFT alone answers right. Over "
+        "The sentences were held out of training, and are among those that are answered right. Over "
         f"{results.held_out} such sentences a task, the deltas\n"
         f"are right in {worst.delta.exact_match:.1%} ({worst.name}{full}) to "
         f"{best:.1%}, the bare backbone without an instruction in {bare:.1%} at most.\n"
     )
+    if results.combinations:
+        together = [one.exact_match for one in results.combinations]
+        to.print(
+            f"Deltas together on a request do both tasks, or all three, in {min(together):.1%} to {max(together):.1%}: "
+            "as `deltas: [a, b]`, by name, without any training.\n"
+        )
 
 
 def onwards(to: Console, address: str, outcome: Outcome, keep: bool) -> None:
     """Three commands to paste."""
-    answered = next(each for each in outcome.answers if each.question.delta)
+    answered = next(each for each in outcome.answers if each.question.deltas)
     program, asked = _program(), quote(answered.question.input)
     if keep:
         to.print(f"The server stays at {address} until Ctrl-C. In another terminal:")
         commands = (
-            f"generate {asked} --delta {answered.question.delta} --address {address}",
+            f"generate {asked} --delta {answered.question.deltas[0]} --address {address}",
             f"generate {asked} --delta {outcome.loaded[-1].name} --address {address}",
             f"deltas ls --address {address}",
         )
@@ -154,7 +165,7 @@ def onwards(to: Console, address: str, outcome: Outcome, keep: bool) -> None:
         to.print("To go on, let a server stay, and ask it from another terminal:")
         commands = (
             "demo --keep --port 9000",
-            f"generate {asked} --delta {answered.question.delta}",
+            f"generate {asked} --delta {answered.question.deltas[0]}",
             "deltas ls",
         )
     to.print(Text("\n".join(f"  {program} {command}" for command in commands) + "\n"), soft_wrap=True)

@@ -107,9 +107,9 @@ def _document(told: _Told) -> dict[str, Any]:
         "traffic_while_loading": {"load_seconds": outcome.load_seconds, **asdict(outcome.traffic)},
         "requests": [
             {
-                "delta": each.question.delta or None,
-                "kinds": by_name[each.question.delta].kinds if each.question.delta else (),
-                "device_bytes": by_name[each.question.delta].device_bytes if each.question.delta else 0,
+                "deltas": each.question.deltas,
+                "kinds": list(dict.fromkeys(kind for name in each.question.deltas for kind in by_name[name].kinds)),
+                "device_bytes": [by_name[name].device_bytes for name in each.question.deltas],
                 "input": each.question.input,
                 "answer": each.answer,
                 "expected": each.question.expected,

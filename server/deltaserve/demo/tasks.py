@@ -12,12 +12,14 @@ from typing import Any, Literal
 BACKBONE = "deltaserve/demo-t5"
 """What the backbone is called, in the deltas' files and by the demo's server."""
 
-Method = Literal["lora", "ia3", "prefix-tuning", "prompt-tuning"]
+Method = Literal[
+    "lora", "ia3", "prefix-tuning", "prompt-tuning", "houlsby", "pfeiffer", "parallel", "compacter", "bitfit"
+]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One delta. `options` go to PEFT's configuration of the method as they are."""
+    """One delta. `options` go to PEFT's configuration of the method, or AdapterHub's, as they are."""
 
     name: str
     chain: tuple[str, ...]
@@ -25,6 +27,14 @@ class Recipe:
     steps: int
     rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Deltas that answer one request together. None was tuned beside another; `chain` is what they do all the same."""
+
+    deltas: tuple[str, ...]
+    chain: tuple[str, ...]
 
 
 _ATTENTION = ("q", "k", "v", "o")
@@ -51,4 +61,14 @@ RECIPES = (
     Recipe("reverse", ("reverse",), "prompt-tuning", 400, 5e-2, {"num_virtual_tokens": 8}),
     Recipe("count", ("count",), "prompt-tuning", 400, 5e-2, {"num_virtual_tokens": 8}),
     Recipe("object", ("object",), "prompt-tuning", 400, 5e-2, {"num_virtual_tokens": 8}),
+    Recipe("plural-question", ("plural", "question"), "houlsby", 400, 2e-3, {"reduction_factor": 8}),
+    Recipe("past-translate", ("past", "translate"), "pfeiffer", 500, 3e-3, {"reduction_factor": 4}),
+    Recipe("short-question", ("shorten", "question"), "parallel", 500, 3e-3, {"reduction_factor": 4, "scaling": 1.0}),
+    Recipe("plural", ("plural",), "compacter", 500, 5e-3, {"reduction_factor": 8, "phm_dim": 4}),
+    Recipe("place", ("place",), "bitfit", 400, 1e-2),
+)
+COMBINATIONS = (
+    Combination(("shorten", "past"), ("shorten", "past")),
+    Combination(("past-question", "plural"), ("past", "question", "plural")),
+    Combination(("plural", "shorten", "subject"), ("plural", "shorten", "subject")),
 )

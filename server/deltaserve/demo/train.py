@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deltaserve.demo import learning
+from deltaserve.demo import combining, learning
 from deltaserve.demo.results import Results
 from deltaserve.demo.tasks import RECIPES
 from deltaserve.demo.training import Budget, Course
@@ -49,8 +49,11 @@ def train(
         list[str] | None,
         typer.Option(help="Tune this delta alone and write no assets; repeatable. For several processes side by side."),
     ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="With --only: tune on the assets' own backbone, and add to the assets.")
+    ] = False,
 ) -> None:
-    """Train the demo's backbone, tune its deltas with PEFT, and write them as the package's assets.
+    """Train the demo's backbone, tune its deltas, most of them with PEFT, and write them as the package's assets.
 
     The backbone learns thirteen functions of sentences, announced by an instruction; then it is frozen, and each delta
     learns one task without an instruction. About 40 minutes on two cores. Needs the extra `dev` (peft).
@@ -59,6 +62,8 @@ def train(
     if unknown:
         names = ", ".join(recipe.name for recipe in RECIPES)
         raise typer.BadParameter(f"no delta is called {', '.join(sorted(unknown))}; there are {names}")
+    if add and not only:
+        raise typer.BadParameter("--add goes with --only")
     torch.set_num_threads(threads)
     folder = work or _cache()
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +80,18 @@ def train(
         ) as progress,
     ):
         course = Course(folder, seed, Budget(steps, tuning_share, held_out), lambda name: _bar(progress, name))
-        backbone, trained = course.pretrain()
+        backbone, trained = (course.shipped(assets), None) if add else course.pretrain()
         chosen = [recipe for recipe in RECIPES if not only or recipe.name in only]
         deltas = [course.tune(recipe, backbone) for recipe in chosen]
         if full:
             pairs = zip(chosen, deltas, strict=True)
             deltas = [replace(delta, full=course.compare(recipe, backbone)) for recipe, delta in pairs]
-    if not only:
-        _show(console, course.write(assets, backbone, trained, deltas))
+    if trained is None or not only:
+        if trained is None:
+            course.add(assets, deltas)
+        else:
+            course.write(assets, backbone, trained, deltas)
+        _show(console, combining.measure(assets))
         console.print(f"Written to {assets}")
 
 
@@ -117,6 +126,8 @@ def _show(console: Console, results: Results) -> None:
         scores = (each.backbone_exact_match, each.delta.exact_match, each.full and each.full.exact_match)
         shares = ("" if score is None else f"{score:.1%}" for score in scores)
         table.add_row(each.name, each.method, f"{each.delta.parameters:,}", *shares)
+    for one in results.combinations:
+        table.add_row(" + ".join(one.deltas), "together", "", "", f"{one.exact_match:.1%}", "")
     console.print(table)
 
 

@@ -2,8 +2,8 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deltaserve.demo import batches, learning, tokenizer, tuning
+from deltaserve.demo import adapters, batches, biases, learning, tokenizer, tuning
 from deltaserve.demo.batches import Batch, Example
 from deltaserve.demo.functions import FUNCTIONS
 from deltaserve.demo.results import BackboneOutcome, DeltaOutcome, Outcome, Results
@@ -24,7 +24,9 @@ PRETRAINING_BATCH, PRETRAINING_RATE = 64, 1e-3
 TUNING_BATCH, FULL_RATE = 32, 5e-4
 SHOWN_FUNCTIONS = ("reverse", "translate", "plural", "sentiment")
 SHOWN_EXAMPLES, SHOWN_WORDS, SHOWN_WIDTH = 3, 5, 36  # the width in characters: a table holds three of them
-_HELD_OUT_SEED = 7_000_000  # far from every training seed, though held-out sentences are others in any case
+_TUNERS: Mapping[str, Any] = {**dict.fromkeys(adapters.SHAPES, adapters), "bitfit": biases}
+"""What attaches and saves a method; PEFT all others."""
+HELD_OUT_SEED = 7_000_000  # far from every training seed, though held-out sentences are others in any case
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,21 @@ class Course:
             ),
         )
 
+    @staticmethod
+    def shipped(assets: Path) -> Any:
+        """The backbone of an asset folder, in eval mode."""
+        from transformers import T5ForConditionalGeneration
+
+        return T5ForConditionalGeneration.from_pretrained(assets / "backbone").eval()
+
     def tune(self, recipe: Recipe, backbone: Any) -> DeltaOutcome:
         """Tunes the delta; leaves its files under `deltas/<name>`."""
         examples = self._held_out(recipe.chain)
         torch.manual_seed(self.seed + 2)
-        tuned = tuning.attach(recipe, backbone)
+        by = _TUNERS.get(recipe.method, tuning)
+        tuned = by.attach(recipe, backbone)
         outcome = self._outcome(recipe, tuned, recipe.name, recipe.rate, examples)
-        tuning.save(tuned, self.work / "deltas" / recipe.name)
+        by.save(recipe, tuned, self.work / "deltas" / recipe.name)
         return DeltaOutcome(
             name=recipe.name,
             chain=recipe.chain,
@@ -117,6 +127,19 @@ class Course:
         results.write(assets)
         return results
 
+    def add(self, assets: Path, deltas: list[DeltaOutcome]) -> Results:
+        """Puts these deltas among those of an asset folder whose backbone they were tuned on."""
+        before = Results.read(assets)
+        for outcome in deltas:
+            shutil.copytree(self.work / "deltas" / outcome.name, assets / "deltas" / outcome.name, dirs_exist_ok=True)
+            for file in (assets / "deltas" / outcome.name).glob("*.safetensors"):
+                file.chmod(0o644)
+        names = [recipe.name for recipe in RECIPES]
+        known = {delta.name: delta for delta in (*before.deltas, *deltas)}
+        results = replace(before, deltas=tuple(sorted(known.values(), key=lambda delta: names.index(delta.name))))
+        results.write(assets)
+        return results
+
     def _outcome(self, recipe: Recipe, model: Any, name: str, rate: float, examples: list[Example]) -> Outcome:
         steps = max(1, round(recipe.steps * self.budget.tuning_share))
         seconds = self._learn(
@@ -148,20 +171,21 @@ class Course:
 
         `skip` lets each delta show other sentences.
         """
-        telling = [each for each in examples if _telling(each)]
+        telling = [each for each in examples if telling(each)]
         marks = learning.marks(model, telling) if telling else []
         right = [each for each, mark in zip(telling, marks, strict=True) if mark]
         chosen = islice(cycle(right), skip, skip + min(count, len(right)))
         return tuple((" ".join(each.source), " ".join(each.target)) for each in chosen)
 
     def _held_out(self, chain: tuple[str, ...], instructed: str | None = None) -> list[Example]:
-        random = Random(_HELD_OUT_SEED)
+        random = Random(HELD_OUT_SEED)
         if instructed is not None:
             return [batches.instructed(random, instructed, held=True) for _ in range(self.budget.held_out)]
         return [batches.example(random, chain, held=True) for _ in range(self.budget.held_out)]
 
 
-def _telling(each: Example) -> bool:
+def telling(each: Example) -> bool:
+    """Whether it is short enough for a table, and something is done to it."""
     longest = max(len(" ".join(words)) for words in (each.source, each.target))
     unchanged = each.target in (each.source, each.source[1:])  # without or with an instruction
     return len(each.source) >= SHOWN_WORDS and longest <= SHOWN_WIDTH and not unchanged

@@ -22,7 +22,7 @@ def attach(recipe: Recipe, backbone: Any) -> Any:
     return peft.get_peft_model(copy.deepcopy(backbone), configuration)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(recipe: Recipe, model: Any, folder: Path) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, without a trace of this machine."""
     model.peft_config["default"].base_model_name_or_path = BACKBONE
     # PEFT would ask the Hub whether the backbone's vocabulary was resized; it was not.

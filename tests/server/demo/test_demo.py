@@ -39,20 +39,24 @@ def test_every_answer_is_right(told: dict) -> None:
     assert told["right"] is True
     wrong = [request for request in told["requests"] if request["answer"] != request["expected"]]
     assert wrong == []
-    assert {request["delta"] for request in told["requests"]} == {*(delta.name for delta in RESULTS.deltas), None}
+    asked = {tuple(request["deltas"]) for request in told["requests"]}
+    assert asked == {(), *((delta.name,) for delta in RESULTS.deltas), *(one.deltas for one in RESULTS.combinations)}
 
 
 def test_one_forward_holds_all_kinds(told: dict) -> None:
-    """At least one forward served most of the deltas, of all four kinds, together."""
-    assert told["widest_forward"]["kinds"] == len({delta.method for delta in RESULTS.deltas})
-    assert told["widest_forward"]["deltas"] >= 9
+    """At least one forward served most of the deltas, of eight kinds, together; and deltas made of several."""
+    assert told["widest_forward"]["kinds"] >= 8
+    assert told["widest_forward"]["deltas"] >= 18
+    several = {"+".join(f"{name}@1" for name in one.deltas) for one in RESULTS.combinations}
+    assert any(several <= set(step["deltas"]) for step in told["forwards"])
     tokens = sum(request["output_tokens"] for request in told["requests"])
     assert len(told["forwards"]) < tokens / 3
 
 
 def test_forwards_are_those_of_the_batch_alone(told: dict) -> None:
-    seen = {name.partition("@")[0] for step in told["forwards"] for name in step["deltas"]}
-    assert seen == {delta.name for delta in RESULTS.deltas}
+    seen = {name.replace("@1", "") for step in told["forwards"] for name in step["deltas"]}
+    several = {"+".join(one.deltas) for one in RESULTS.combinations}
+    assert seen == {delta.name for delta in RESULTS.deltas} | several
     assert max(step["sequences"] for step in told["forwards"]) <= len(told["requests"])
 
 

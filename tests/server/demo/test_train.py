@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deltaserve.demo.results import Results
-from deltaserve.demo.tasks import RECIPES
+from deltaserve.demo.tasks import COMBINATIONS, RECIPES
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -42,10 +42,9 @@ def test_makes_every_delta_and_says_how_well_it_does(folders: tuple[Path, Path])
         assert delta.full is not None
         assert 0 < delta.delta.parameters < results.backbone.parameters == delta.full.parameters
         assert delta.delta.steps == delta.full.steps
-        assert {file.name for file in (assets / "deltas" / delta.name).iterdir()} == {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        }
+        files = {file.suffix for file in (assets / "deltas" / delta.name).iterdir()}
+        assert files == {".json", ".safetensors"}
+    assert [one.deltas for one in results.combinations] == [each.deltas for each in COMBINATIONS]
 
 
 def test_goes_on_where_it_was(folders: tuple[Path, Path]) -> None:
