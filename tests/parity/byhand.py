@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import byadapter
 import peft
 import torch
 from families import FAMILIES
@@ -73,10 +74,16 @@ class ByHand:
         self._prefixes: list[torch.Tensor] = []
         self._steps: defaultdict[str, Steps] = defaultdict(Steps)
         self._inner = {name: module.forward for name, module in self.model.named_modules()}
+        ends = byadapter.Ends(case.family, self.model if case.task not in HEADS else self.model.base_model)
         for name, weight in members:
-            self._apply(folder / name, weight)
+            if name in byadapter.CONFIGS:
+                ends.add(folder / name, weight)
+            else:
+                self._apply(folder / name, weight)
         for name, steps in self._steps.items():
             self.model.get_submodule(name).forward = steps.around(self._inner[name])
+        if any(name in byadapter.CONFIGS for name, _ in members):
+            ends.hook()
 
     @torch.no_grad()
     def logprobs(self, ids: list[int], tokens: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import byadapter
 import peft
 import pytest
 import torch
@@ -69,12 +70,20 @@ COMBINATIONS: tuple[Members, ...] = (
     (("prompt", 1.0), ("prefix", 1.0), ("norms", 1.0)),
     (("oft", 1.0), ("lora-2", 1.0)),
     (("lora-2", 1.0), ("oft-2", 1.0), ("oft", 1.0), ("ia3-2", 1.0)),
+    (("lora", 1.0), ("pfeiffer", 1.0), ("prefix", 1.0)),
+    (("houlsby", 1.0), ("pfeiffer", 1.0)),
+    (("pfeiffer", 1.0), ("parallel", 1.0), ("houlsby", 1.0)),
+    (("parallel", 1.0), ("ia3", 1.0), ("lora-2", 1.0)),
+    (("pfeiffer", -0.5), ("houlsby", 0.5), ("lora", 1.0)),
+    (("prompt", 1.0), ("houlsby", 1.0), ("bitfit", 1.0)),
+    (("pfeiffer", 1.0), ("norms", 1.0)),
     (("lora", 1.0), ("lora-2", -1.0), ("ia3", 1.0), ("norms", 1.0), ("prefix", 1.0), ("prompt", 1.0)),
 )
 WITH_HEAD: tuple[Members, ...] = (
     ((HEADED, 1.0), ("ia3", 1.0)),
     (("prompt", 1.0), ("lora-2", -0.5), (HEADED, 2.0)),
     (("prefix", 1.0), (HEADED, 1.0), ("norms", 1.0)),
+    (("pfeiffer", 1.0), (HEADED, 1.0), ("houlsby", 1.0)),
 )
 
 
@@ -96,6 +105,9 @@ class Combined:
             config = MEMBERS[name](self.family)
             config.task_type = self.case.task
             written(name, self.case, config, folder)
+        for name in byadapter.CONFIGS:
+            byadapter.written(name, family, 32, folder)
+        names += byadapter.CONFIGS
         self.combinations = [each for each in COMBINATIONS if all(name in names for name, _ in each)]
         if family == "bert":
             written(HEADED, self.headed, _lora(task_type="SEQ_CLS")(self.family), folder)
@@ -156,7 +168,7 @@ def differ(ours: tuple[list[int], torch.Tensor], reference: ByHand, ids: list[in
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_a_mixed_batch_of_combinations_equals_members_applied_by_hand(family, combined):
     made = combined(family)
-    alone: list[Members] = [((name, 1.0),) for name in made.driven.deltas if name in MEMBERS or name == HEADED]
+    alone: list[Members] = [((name, 1.0),) for name in made.driven.deltas if "+" not in name and "*" not in name]
     asked: list[Members] = [each for members in (*made.combinations, *alone, ()) for each in (members, members)]
     requests = [made.request(label(each) or None, number, each) for number, each in enumerate(asked)]
     answers = made.driven.answers(requests, [number % 5 for number in range(len(requests))])

@@ -1,11 +1,14 @@
 """Requests that name several deltas, over gRPC: what answers, what is refused, and what is left behind."""
 
+import json
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from deltaserve_protos.v1 import deltas_pb2 as dp
 from deltaserve_protos.v1 import inference_pb2 as pb
@@ -231,6 +234,61 @@ def test_an_invocation_beside_another_is_refused(llama: Any) -> None:
     llama.made.delta("invoked", 42, config)
     llama.load("invoked")
     clash(llama, "Generate", "invoked", "lora", "invocation tokens")
+
+
+def hub(server: Any, name: str, tensors: Mapping[str, tuple[int, ...]], **config: Any) -> None:
+    """A checkpoint in AdapterHub's layout, loaded; `{}` in names of tensors is its name."""
+    folder = server.made.root / name
+    folder.mkdir()
+    random = torch.Generator().manual_seed(sum(map(ord, name)))
+    drawn = {word.format(name): torch.randn(shape, generator=random) for word, shape in tensors.items()}
+    save_file(drawn, folder / "adapter.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"config": config, "name": name, "version": "adapters.1.3.0", "hidden_size": 32})
+    )
+    server.load(name)
+
+
+def bottleneck(*sites: str) -> dict[str, tuple[int, ...]]:
+    shapes = {"down.0.weight": (8, 32), "down.0.bias": (8,), "up.weight": (32, 8), "up.bias": (32,)}
+    return {f"{site}.adapters.{{}}.adapter_{word}": shape for site in sites for word, shape in shapes.items()}
+
+
+LAYERS = ("encoder.layer.0.output", "encoder.layer.1.output")
+NETS = {f"invertible_adapters.{{}}.{net}.{i}.{w}": (16, 8)[:n] if i else (8, 16)[:n] for net in "FG" for i in (0, 2)
+        for w, n in (("weight", 2), ("bias", 1))}  # fmt: skip
+
+
+def test_prompts_of_unlike_places_are_refused(bert: Any) -> None:
+    bert.made.delta("before", 51, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION"))
+    bert.load("before")
+    tensors = {"prompt_tuning.prompt_tunings.{}.prompt_embedding.weight": (3, 32)}
+    hub(bert, "behind", tensors, architecture="prompt_tuning", prompt_length=3, combine="prefix")
+    clash(bert, "Embed", "before", "behind", "their soft prompts stand before the token embeddings and behind row 0")
+
+
+def test_prefixes_that_count_otherwise_are_refused(t5: Any) -> None:
+    t5.made.delta("counted", 52, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    t5.load("counted")
+    tensors = {"prefix_tuning.prefix_tunings.{}.self_prefix.control_trans": (3 * 2 * 2 * 32,)}
+    told = {"prefix_length": 3, "flat": True, "encoder_prefix": False, "cross_prefix": False}
+    hub(t5, "shifted", tensors, architecture="prefix_tuning", **told)
+    clash(t5, "Generate", "counted", "shifted", "by other rules")
+
+
+def test_what_would_follow_the_whole_stream_is_refused(bert: Any) -> None:
+    told = {"output_adapter": True, "non_linearity": "relu", "reduction_factor": 4}
+    hub(bert, "stream", bottleneck(*LAYERS), **told, original_ln_before=True, original_ln_after=False)
+    hub(bert, "pfeiffer", bottleneck(*LAYERS), **told, original_ln_before=True)
+    clash(bert, "Embed", "stream", "pfeiffer", "nothing can follow it")
+    assert bert("Embed", deltas=["pfeiffer", "stream"], inputs=[pb.Input(ids=[5, 6])]).delta == "pfeiffer@1+stream@1"
+
+
+def test_two_invertible_blocks_are_refused(bert: Any) -> None:
+    told = {"output_adapter": True, "non_linearity": "relu", "reduction_factor": 4, "original_ln_before": True}
+    for name in ("nice-1", "nice-2"):
+        hub(bert, name, bottleneck(*LAYERS) | NETS, **told, inv_adapter="nice", inv_adapter_reduction_factor=2)
+    clash(bert, "Embed", "nice-1", "nice-2", "both have an invertible block")
 
 
 def test_a_weight_of_factors_is_refused(members: Any) -> None:
