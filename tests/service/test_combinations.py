@@ -267,6 +267,18 @@ def test_prompts_of_unlike_places_are_refused(bert: Any) -> None:
     clash(bert, "Embed", "before", "behind", "their soft prompts stand before the token embeddings and behind row 0")
 
 
+def test_placed_prompts_of_two_stand_together(bert: Any) -> None:
+    tensors = {"prompt_tuning.prompt_tunings.{}.prompt_embedding.weight": (2, 32)}
+    for name in ("placed-1", "placed-2"):
+        hub(bert, name, tensors, architecture="prompt_tuning", prompt_length=2, combine="prefix_after_bos")
+    ask = {"inputs": [pb.Input(ids=[1, 5, 6, 2])], "pooling": pb.POOLING_MEAN}
+    both = (["placed-1", "placed-2"], ["placed-2", "placed-1"])
+    answers = [bert("Embed", deltas=names, **ask) for names in (["placed-1"], ["placed-2"], *both)]
+    told = [list(answer.results[0].values) for answer in answers]
+    assert told[2] == pytest.approx(told[3], abs=1e-5), "rows that are embedded already have no order of their own"
+    assert all(told[2] != pytest.approx(other, abs=1e-3) for other in told[:2])
+
+
 def test_prefixes_that_count_otherwise_are_refused(t5: Any) -> None:
     t5.made.delta("counted", 52, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
     t5.load("counted")

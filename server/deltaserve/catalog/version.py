@@ -91,6 +91,8 @@ class Card:
             prompt_length=self.prompt_length,
             position_shift=self.position_shift,
             invocation=self.invocation,
+            prompt_place=self.prompt_place,
+            whole=self.whole,
         )
 
 

@@ -1,13 +1,17 @@
 """The life of a version: loading, resident, draining, gone; and who may still use it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from deltaserve.catalog.catalog import Catalog
 from deltaserve.catalog.reference import parse
-from deltaserve.catalog.version import Source, State, Version
+from deltaserve.catalog.version import Card, Source, State, Version
+from deltaserve.deltas.adapters import Bottleneck, Gate
 from deltaserve.deltas.delta import Delta, Provenance
+from deltaserve.deltas.primitives import SoftPrompt
 from deltaserve.deltas.sites import Task
 from deltaserve.errors import BadCheckpoint, DataLoss, NotFound
 
@@ -128,3 +132,22 @@ def test_all_are_in_order(catalog: Catalog) -> None:
     for name in ("b", "a", "b", "c/a"):
         admitted(catalog, name, content=name)
     assert [v.label for v in catalog.all()] == ["a@1", "b@1", "b@2", "c/a@1"]
+
+
+def test_the_engine_is_told_all_that_it_must_know_before_it_has_the_bytes() -> None:
+    gate = Gate(torch.ones(1, 4))
+    made = Delta(
+        ("k",),
+        {"s": (Bottleneck(torch.ones(2, 4), torch.ones(4, 2), gate=gate),)},
+        Task.GENERATION,
+        Provenance("test", "h", 0, 0),
+        prompt=SoftPrompt(torch.ones(3, 4), 1),
+        position_shift=2,
+        invocation=(5,),
+    )
+    ref = Card.of(made).ref(7, "a@1")
+    told = {field.name: getattr(ref, field.name) for field in dataclasses.fields(ref)}
+    assert told == {
+        "key": 7, "label": "a@1", "kinds": ("k",), "prompt_length": 3, "prompt_place": 1, "position_shift": 2,
+        "invocation": (5,), "whole": True,
+    }  # fmt: skip
