@@ -12,11 +12,14 @@ PYTHON ?=
 ARGS ?=
 BUF := @bufbuild/buf@1.75.0
 PINS := pyproject.toml constraints.txt
+ORACLES := .oracles
+MAKERS := tests/parity/make
+ASK := PYTHONPATH=tests/parity HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-long lint protos bench clean
+.PHONY: help demo test test-long lint protos bench oracles clean
 
 help:  ## Say what there is to make
 	@echo "make TARGET [PIP_ARGS=...] [PYTHON=...] [ARGS=...]"
@@ -50,8 +53,13 @@ protos: $(VENV)/.dev  ## Generate the code of protos/ again
 bench: $(VENV)/.dev  ## Measure what deltas cost per forward (minutes, on a quiet machine); writes bench/results
 	$(BIN)/python -m bench micro $(ARGS)
 
+oracles: $(ORACLES)/adapterhub/.made $(ORACLES)/opendelta/.made  ## Ask AdapterHub's library and OpenDelta again for what tests/parity compares with
+	$(ASK) $(ORACLES)/adapterhub/bin/python -P -m make.backbones
+	$(ASK) $(ORACLES)/adapterhub/bin/python -P -m make.adapterhub $(ARGS)
+	$(ASK) $(ORACLES)/opendelta/bin/python -P -m make.opendelta $(ARGS)
+
 clean:  ## Remove .venv and everything else that was made here
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(ORACLES) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -62,6 +70,15 @@ $(BIN)/python:
 		fi; \
 	done; \
 	echo "no Python >= 3.11 with venv among: $(or $(PYTHON),python3.11 python3.12 python3.13 python3); set PYTHON=..." >&2; exit 1
+
+# The libraries that oracles are asked of need other versions of transformers than ours, and wheels of Python 3.11.
+$(ORACLES)/%/.made: $(MAKERS)/%.txt
+	@echo "installing $* into $(ORACLES)/$* (minutes)"
+	$(or $(PYTHON),python3.11) -m venv --clear $(ORACLES)/$*
+	$(ORACLES)/$*/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement $<
+	@if test $* = opendelta; then \
+		$(ORACLES)/$*/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps opendelta==0.3.2; fi
+	@touch $@
 
 # .dev holds all that .server holds, so that `make demo` after `make test` has nothing to install.
 $(VENV)/.server: $(PINS) | $(BIN)/python
