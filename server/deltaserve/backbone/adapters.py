@@ -1,7 +1,7 @@
 """The adapters at one site: those of one form are computed together, one after the other where a slot has several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -56,6 +56,13 @@ class Form:
             members_carry=adapter.members_carry,
             query=adapter.query_tap,
         )
+
+    def at(self, ending: Ending | None) -> "Form":
+        """The same at an `ending`: where the stream goes on as h + r, to make it z + (h + r) is to add z to h."""
+        summed = self.carry is Tap.SUM and self.carry_scale == 1 and not self.after and not self.members_carry
+        if self.replaces and summed and ending is not None and ending.behind is None:
+            return replace(self, carry=Tap.OUTPUT, replaces=False)
+        return self
 
     @property
     def taps(self) -> frozenset[Tap]:
@@ -162,7 +169,7 @@ class Chain:
     def put(self, slot: int, adapters: Sequence[Adapter]) -> None:
         """Publishes a slot's adapters in their order."""
         self._here.add(slot)
-        forms = [Form.of(adapter) for adapter in adapters]
+        forms = [Form.of(adapter).at(self.ending) for adapter in adapters]
         if self.ending is not None:
             behind = self.ending.behind
             assert behind is None or not any(form.replaces for form in forms[:-1]), (

@@ -39,7 +39,8 @@ class Reach(StrEnum):
 class Positions:
     """Rows of a sequence, counted over its own tokens: the first `first` and the last `last`, and of these `reach`.
 
-    A sequence of fewer tokens is in each whole. ReFT (arXiv 2404.03592).
+    A sequence of fewer tokens is in each whole. With `last`, only where all of a sequence is in one forward. ReFT
+    (arXiv 2404.03592).
     """
 
     first: int
@@ -60,8 +61,8 @@ class OwnNorm:
 class Gate:
     """One number a sequence: the mean over ALL of its rows u of σ(u weightᵀ + bias). weight [n, d], bias [n] or None.
 
-    It depends on every row, later ones too, so that no cache of keys and values can reproduce it. UniPELT (arXiv
-    2110.07577).
+    It depends on every row, later ones and the soft prompt's too, so that no cache of keys and values can reproduce it:
+    only where attention is not causal. n is 1, or 2 at a prefix. UniPELT (arXiv 2110.07577).
     """
 
     weight: torch.Tensor
@@ -80,7 +81,12 @@ class Bottleneck:
 
     The result takes h's place; with `replaces` it is the stream behind the sublayer: neither r nor the norm comes to
     it. `norm` is the site of the norm for Tap.NORMED where that is not the sublayer's own. `positions`: only these rows
-    are edited; None: all. Several at one site act in turn, each on what the one before gave.
+    are edited; None: all.
+
+    Several at one site act in turn, each on what the one before gave: that is its h, and r stays. Behind one that
+    replaces, h is its result − r where the norm stands before the sublayer; where a norm stands behind the linear (also
+    a sandwiched one) only the last may replace. Where no sublayer ends, at any linear, Conv1D or norm, `output` and
+    `own` are all there is to read, and the result is what the site gives.
 
     Houlsby (arXiv 1902.00751), Pfeiffer (2005.00247), parallel (2110.04366), Compacter (2106.04647), expanded at load.
     """
@@ -149,7 +155,9 @@ class Coupling:
     """An invertible block on embedded rows e = [x1, x2], halves: y1 = x1 + F(x2), y2 = x2 + G(y1).
 
     With `undone` the rows before the vocabulary linear go through its inverse: y2 = x2 − G(x1), y1 = x1 − F(y2). NICE
-    (arXiv 1410.8516), in MAD-X (2005.00052). The soft prompt's rows go through it too where they are embedded before.
+    (arXiv 1410.8516), in MAD-X (2005.00052). Of an encoder-decoder the encoder's rows alone. It acts on what the
+    embedding module gives (BERT: behind its norm; GPT-2: with positions; Gemma: in front of the multiplication); the
+    soft prompt's rows go through it too, unless they are placed.
     """
 
     f: Net

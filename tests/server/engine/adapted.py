@@ -113,11 +113,10 @@ def network(b: Bottleneck, u: torch.Tensor) -> torch.Tensor:
 
 
 def result(adapter: Adapter, seen: Seen) -> torch.Tensor:
-    q = 0 if adapter.carry is None else seen.read(adapter.carry, adapter.norm)
+    q = 0 if adapter.carry is None else adapter.carry_scale * seen.read(adapter.carry, adapter.norm)
     if isinstance(adapter, Bottleneck):
         u = seen.read(adapter.input, adapter.norm)
         z = network(adapter, u) * (1 if adapter.gate is None else gate_by_hand(u, adapter.gate)[0])
-        q = adapter.carry_scale * q
     else:
         made = [network(m, seen.read(m.input, adapter.norm)) for m in adapter.members]
         made = [u + q if adapter.members_carry else u for u in made]

@@ -122,7 +122,13 @@ def fusions(spec: BackboneSpec) -> list[Delta]:
             carry, inside, replaces, shared = known
             after = own_norm(g, out) if number % 3 else None
             query = (Tap.NORMED, Tap.OUTPUT, Tap.SUM)[number % 3]
-            options = {"carry_inside": inside, "replaces": replaces, "members_carry": shared, "after": after}
+            options = {
+                "carry_scale": 1.0 if number % 5 else 0.7,
+                "carry_inside": inside,
+                "replaces": replaces,
+                "members_carry": shared,
+                "after": after,
+            }
             return (random_fusion(g, out, inputs, query_tap=query, carry=carry, **options),)
 
         made.append(at_ends(spec, make, 2))
