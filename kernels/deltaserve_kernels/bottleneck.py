@@ -170,4 +170,12 @@ def _vectors(tensors: Sequence[torch.Tensor | None], width: int) -> torch.Tensor
     return out
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(
+    y: torch.Tensor, u: torch.Tensor, rowmap: RowMap, table: BottleneckTable, gates: torch.Tensor | None
+) -> None:
+    from deltaserve_kernels.gpu import bottleneck
+
+    bottleneck.launch(y, u, rowmap, table, gates)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -12,6 +12,7 @@ from deltaserve_kernels import dense
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import SlotTable
+from deltaserve_kernels.stacks import Found
 
 MEMBERS = 32
 """The most that a slot may have."""
@@ -73,18 +74,68 @@ def apply(y: torch.Tensor, t: torch.Tensor, members: torch.Tensor, rowmap: RowMa
         keys = members.clone()
         flat = members.flatten(0, 1)
         dense.apply(keys.view_as(flat), flat, rowmap.repeated(members.shape[1]), table.key)
-    path(_PATHS, y.device)(y, asked, keys, members, rowmap, table)
+    c = torch.empty_like(y)
+    path(_PATHS, y.device)(y, c, asked.float(), keys, members, rowmap, table)
+    dense.apply(y, c, rowmap, table.value)
 
 
 def reference(
-    y: torch.Tensor, asked: torch.Tensor, keys: torch.Tensor, members: torch.Tensor, rowmap: RowMap, table: FusionTable
+    y: torch.Tensor,
+    c: torch.Tensor,
+    asked: torch.Tensor,
+    keys: torch.Tensor,
+    members: torch.Tensor,
+    rowmap: RowMap,
+    table: FusionTable,
 ) -> None:
+    """Σ_k p_k u_k: written to c for slots that have a value, added to y for others."""
     for run, entry in table.entries(rowmap):
-        count, value = int(entry.scalars[0]), entry.tensors[3]
-        u, k = (rows[run.start : run.stop, :count] for rows in (members, keys))
-        p = torch.einsum("rd,rkd->rk", asked[run.start : run.stop].float(), k).softmax(1)
-        c = torch.einsum("rk,rkd->rd", p, u)
-        y[run.start : run.stop] += c if value is None else c @ value.float().T
+        count = int(entry.scalars[0])
+        k, u = (rows[run.start : run.stop, :count] for rows in (keys, members))
+        p = torch.einsum("rd,rkd->rk", asked[run.start : run.stop], k).softmax(1)
+        made = torch.einsum("rk,rkd->rd", p, u)
+        if entry.tensors[3] is None:
+            y[run.start : run.stop] += made
+        else:
+            c[run.start : run.stop] = made
 
 
-_PATHS = {Implementation.REFERENCE: reference}
+def cpu(
+    y: torch.Tensor,
+    c: torch.Tensor,
+    asked: torch.Tensor,
+    keys: torch.Tensor,
+    members: torch.Tensor,
+    rowmap: RowMap,
+    table: FusionTable,
+) -> None:
+    """Slots of as many members together."""
+    alike: dict[tuple[int, bool], Found] = {}
+    for run, entry in table.entries(rowmap):
+        alike.setdefault((int(entry.scalars[0]), entry.tensors[3] is not None), []).append((run, entry))
+    for (count, valued), found in alike.items():
+        grid = rowmap.grid([run for run, _ in found])
+        made = _attended(asked[grid.rows], keys[grid.rows], members[grid.rows], count)
+        (grid.put if valued else grid.add)(c if valued else y, made)
+
+
+def _attended(asked: torch.Tensor, keys: torch.Tensor, members: torch.Tensor, count: int) -> torch.Tensor:
+    p = torch.bmm(keys[:, :count], asked.unsqueeze(2)).softmax(1)
+    return torch.bmm(p.transpose(1, 2), members[:, :count]).squeeze(1)
+
+
+def triton(
+    y: torch.Tensor,
+    c: torch.Tensor,
+    asked: torch.Tensor,
+    keys: torch.Tensor,
+    members: torch.Tensor,
+    rowmap: RowMap,
+    table: FusionTable,
+) -> None:
+    from deltaserve_kernels.gpu import fusion
+
+    fusion.launch(y, c, asked, keys, members, rowmap, table, MEMBERS)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

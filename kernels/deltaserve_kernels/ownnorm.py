@@ -73,4 +73,10 @@ def _stacked(entries: Sequence[Entry]) -> Stack:
     return (*(torch.stack([t.float() for t in column if t is not None]) for column in columns), eps)
 
 
-_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu}
+def triton(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
+    from deltaserve_kernels.gpu import ownnorm
+
+    ownnorm.launch(y, rowmap, table)
+
+
+_PATHS = {Implementation.REFERENCE: reference, Implementation.CPU: cpu, Implementation.TRITON: triton}

@@ -29,7 +29,8 @@ def compiled(tmp_path: Path, chips: str, seconds: float) -> dict[str, list[dict[
 @pytest.mark.timeout(300)
 def test_hopper(tmp_path: Path) -> None:
     found = compiled(tmp_path, "sm_90", 280)["sm_90"]
-    assert 10 < len(found) <= 60
+    # 60, and 10 for adapters: what they add, and float32 rows beside weights in bfloat16, which they read.
+    assert 10 < len(found) <= 70
     assert all(one["stack"] == 0 for one in found)
     assert any("wgmma.mma_async" in one["products"] for one in found)  # type: ignore[operator]
 

@@ -58,8 +58,8 @@ def bare_are_poisoned(each: list[int], *rows: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("longest", [1, 3, 9])
-@pytest.mark.parametrize(("inner", "outer"), [(33, 17), (2, 5), (64, 96)])
+@pytest.mark.parametrize("longest", [1, 7])
+@pytest.mark.parametrize(("inner", "outer"), [(33, 17), (2, 5), (64, 80)])
 def test_every_row_gets_its_own(inner, outer, longest, dtype, spread, rows_of, implementation):
     rowmap, each = rows_of(spread, longest)
     table = table_of(inner, outer, dtype)
@@ -98,7 +98,6 @@ def test_activations(name, size, implementation):
     expected = truth(y, u, [0, 0, 1], table)
     with forced(implementation):
         bottleneck.apply(y, u, rowmap, table)
-    # Where rows cancel by size² the order of the sums shows.
     assert error_ratio(y, expected) <= 1e-5
 
 
@@ -139,8 +138,8 @@ def test_a_norm_leaves_with_its_slot():
     assert 3 not in table and 3 not in table.norms
 
 
-@pytest.mark.parametrize("longest", [1, 3, 9])
-@pytest.mark.parametrize("width", [2, 33, 1100])
+@pytest.mark.parametrize("longest", [1, 7])
+@pytest.mark.parametrize("width", [33, 1100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_of_their_own(dtype, width, longest, spread, rows_of, implementation):
     rowmap, each = rows_of(spread, longest)
@@ -156,8 +155,7 @@ def test_norms_of_their_own(dtype, width, longest, spread, rows_of, implementati
     with forced(implementation):
         ownnorm.apply(y, rowmap, table)
         copied = ownnorm.normed(x, rowmap, table)
-    # Two numbers that are near each other lose of what they differ by.
-    assert error_ratio(y, expected) <= (1e-5 if width > 2 else 1e-4)
+    assert error_ratio(y, expected) <= 1e-5
     assert torch.equal(copied, y) and copied.dtype is torch.float32
     others = [slot not in table for slot in each]
     assert torch.equal(y[others], before[others])

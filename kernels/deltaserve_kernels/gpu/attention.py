@@ -10,21 +10,13 @@ import triton.language as tl
 
 from deltaserve_kernels.attention.paths import Attention, Pair
 from deltaserve_kernels.gpu import cut, prefixes
+from deltaserve_kernels.gpu.activations import LOG2E, tanh
 from deltaserve_kernels.gpu.cut import Cut, Heads
 from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, power
 from deltaserve_kernels.gpu.reads import PART, Reads
 
-LOG2E = tl.constexpr(1.4426950408889634)
 COLUMNS = tl.constexpr(cut.COLUMNS)
 SLOT_COLUMNS = tl.constexpr(prefixes.COLUMNS)
-
-
-@triton.jit
-def tanh(x):
-    """1 − 2 / (e²ˣ + 1), and near 0, where that loses digits, four terms of the series."""
-    s = x * x
-    near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315))))
-    return tl.where(s < 0.015625, near, 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2E)) + 1.0))
 
 
 @triton.jit(do_not_specialize=["heads", "group", "behind", "ahead", "prefixed", "furthest"])

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from deltaserve_kernels.gpu import demands
 from deltaserve_kernels.gpu.board import KINDS, Board
-from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores
+from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
 from deltaserve_kernels.gpu.tiling import members, owner, tiles
 from deltaserve_kernels.gpu.tuning import DENSE
@@ -24,7 +24,7 @@ COLUMNS = 7
 def dense(
     y, x, order, tiles, board, y_stride, x_stride, width,
     KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows of one tile and N outputs, over all inputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -50,7 +50,7 @@ def dense(
         elif HALF:
             acc = tl.dot(given, tl.trans(w), acc)
         else:
-            acc = tl.dot(given.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
+            acc = tl.dot(given.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision=PRECISION)
     bias, columns = tl.load(here + 3), tl.load(here + 6)
     if bias != 0:
         acc += numbers(bias, tl.load(here + 4), n, inside)[None, :]
@@ -112,5 +112,5 @@ def _launch(
         dense[(len(cut), triton.cdiv(most, plan.n))](
             y, x, rowmap.order, cut, told, y.stride(0), x.stride(0), x.shape[1],
             KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, K=plan.k,
-            HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+            HALF=on_tensor_cores(x.dtype, dtype), PRECISION=precision(dtype), num_warps=plan.warps,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from deltaserve_kernels.gpu import demands
+from deltaserve_kernels.gpu.activations import activated
 from deltaserve_kernels.gpu.board import KINDS, Board, bits
 from deltaserve_kernels.gpu.launch import TYPES, kinds, on_tensor_cores, precision
 from deltaserve_kernels.gpu.numbers import numbers
@@ -29,7 +30,7 @@ MOST_RANK = 1 << 14
 def shrink(
     x, order, tiles, board, planes, x_stride, width, plane, ranks,
     KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-    SPLIT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """planes[s, place, r] = Σ x[row, k] · A[r, k] over the k of split s, for one tile's rows and R of its ranks."""
     tile, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -54,7 +55,7 @@ def shrink(
         elif HALF:
             acc = tl.dot(given, tl.trans(down), acc)
         else:
-            acc = tl.dot(given.to(tl.float32), tl.trans(down.to(tl.float32)), acc, input_precision="ieee")
+            acc = tl.dot(given.to(tl.float32), tl.trans(down.to(tl.float32)), acc, input_precision=PRECISION)
     out = planes + split.to(tl.int64) * plane + places.to(tl.int64)[:, None] * ranks + r[None, :]
     tl.store(out, acc, mask=live[:, None] & (r < rank)[None, :])
 
@@ -95,11 +96,14 @@ def turn(
 
 @triton.jit
 def expand(
-    y, order, tiles, board, planes, y_stride, width, plane, ranks,
+    y, order, tiles, board, planes, gates, y_stride, width, plane, ranks,
     KIND: tl.constexpr, TYPE: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BOTTLENECK: tl.constexpr,
 ):  # fmt: skip
-    """y[row, n] += scale · outer[n] · Σ h[place, r] · B[n, r], for the rows of one tile and N outputs."""
+    """y[row, n] += scale · outer[n] · Σ h[place, r] · B[n, r], for the rows of one tile and N outputs.
+
+    Of a BOTTLENECK (board by `bottleneck.row`): gate[row] · (scale · Σ f(h + down_bias)[r] · B[n, r] + up_bias[n]).
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     here, kind = owner(tiles, board, tile, COLUMNS)
     if (kind == 0) | (tl.load(here + 12) != KIND):
@@ -119,6 +123,10 @@ def expand(
         spot = planes + places.to(tl.int64)[:, None] * ranks + r[None, :]
         for split in range(SPLIT):
             h += tl.load(spot + split * plane, mask=live[:, None] & low, other=0.0)
+        if BOTTLENECK:
+            if tl.load(here + 9) != 0:
+                h += numbers(tl.load(here + 9), tl.load(here + 10), r, r < rank)[None, :]
+            h = activated(h, tl.load(here + 11))
         up = tl.load(b[:, None] + r[None, :], mask=inside[:, None] & low, other=0.0).to(tl.float32)
         if M == 1:
             acc += tl.sum(h * up, 1)[None, :]
@@ -126,7 +134,13 @@ def expand(
             acc = tl.dot(h, tl.trans(up), acc, input_precision=PRECISION)
     acc *= tl.load(here + 6).to(tl.int32).to(tl.float32, bitcast=True)
     if outer != 0:
-        acc *= numbers(outer, tl.load(here + 8), n, inside)[None, :]
+        told = numbers(outer, tl.load(here + 8), n, inside)[None, :]
+        if BOTTLENECK:
+            acc += told
+        else:
+            acc *= told
+    if BOTTLENECK:
+        acc *= tl.load(gates + rows, mask=live, other=0.0)[:, None]
     out = y + rows[:, None] * y_stride + n[None, :]
     seen = live[:, None] & inside[None, :]
     tl.store(out, (tl.load(out, mask=seen, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=seen)
@@ -158,6 +172,11 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
     demands.rows(rowmap, table, y=y, x=x)
     board = Board.of(table, COLUMNS, row, x.shape[1], y.shape[1]).rows()
     entries = [entry for _, entry in table.entries(rowmap)]
+    raise_up(y, rowmap, board, shrunk(x, rowmap, board, entries), LOW_RANK.choose(rowmap), entries)
+
+
+def shrunk(x: torch.Tensor, rowmap: RowMap, board: torch.Tensor, entries: list[Entry]) -> torch.Tensor:
+    """h = x Aᵀ, in planes fp32 [split, rows that are not bare, ranks]."""
     ranks = max(int(entry.tensors[0].shape[0]) for entry in entries if entry.tensors[0] is not None)
     plan = LOW_RANK.choose(rowmap)
     cut = tiles(rowmap, plan.m)
@@ -166,26 +185,41 @@ def launch(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: SlotTable) -
         shrink[(len(cut), triton.cdiv(ranks, plan.r), plan.split)](
             x, rowmap.order, cut, board, planes, x.stride(0), x.shape[1], planes.stride(0), ranks,
             KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, R=plan.r, K=plan.k, SPLIT=plan.split,
-            HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+            HALF=on_tensor_cores(x.dtype, dtype), PRECISION=precision(dtype), num_warps=plan.warps,
         )  # fmt: skip
-    raise_up(y, rowmap, board, planes, plan, entries)
+    return planes
 
 
 def raise_up(
     y: torch.Tensor, rowmap: RowMap, board: torch.Tensor, planes: torch.Tensor, plan: Tiles, entries: list[Entry]
 ) -> None:
     """y += scale · outer ⊙ (h D Bᵀ) of h, in planes [split, rows that are not bare, ranks]."""
-    cut, r, (split, _, ranks) = tiles(rowmap, plan.m), plan.r, planes.shape
     if any(entry.tensors[2] is not None for entry in entries):
+        cut, r, (split, _, ranks) = tiles(rowmap, plan.m), plan.r, planes.shape
         turned = torch.empty(1, len(rowmap.order), ranks, dtype=torch.float32, device=y.device)
         turn[(len(cut), triton.cdiv(ranks, r))](
             cut, board, planes, turned, planes.stride(0), ranks,
             COLUMNS=COLUMNS, M=plan.m, R=r, SPLIT=split, num_warps=plan.warps,
         )  # fmt: skip
-        planes, split = turned, 1
+        planes = turned
+    expanded(y, rowmap, board, planes, plan, entries)
+
+
+def expanded(
+    y: torch.Tensor,
+    rowmap: RowMap,
+    board: torch.Tensor,
+    planes: torch.Tensor,
+    plan: Tiles,
+    entries: list[Entry],
+    gates: torch.Tensor | None = None,
+) -> None:
+    """y += scale · outer ⊙ (h Bᵀ); with gates fp32 [rows], what a bottleneck makes of h."""
+    cut, (split, _, ranks) = tiles(rowmap, plan.m), planes.shape
     for dtype in kinds(entries, 1):
         expand[(len(cut), triton.cdiv(y.shape[1], plan.n))](
-            y, rowmap.order, cut, board, planes, y.stride(0), y.shape[1], planes.stride(0), ranks,
-            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, R=r, SPLIT=split,
-            PRECISION=precision(dtype), num_warps=plan.warps,
+            y, rowmap.order, cut, board, planes, planes if gates is None else gates, y.stride(0), y.shape[1],
+            planes.stride(0), ranks,
+            KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=COLUMNS, M=plan.m, N=plan.n, R=plan.r, SPLIT=split,
+            PRECISION=precision(dtype), BOTTLENECK=gates is not None, num_warps=plan.warps,
         )  # fmt: skip

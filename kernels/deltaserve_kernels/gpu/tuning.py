@@ -47,6 +47,15 @@ LOW_RANK = Table(
     )
 )
 
+ACTIVATED = Table(
+    (
+        Regime(2, Tiles(m=1, n=128, r=16, k=256, split=8, warps=4)),
+        Regime(64, Tiles(m=16, n=64, r=16, k=64, split=8, warps=4)),
+        Regime(float("inf"), Tiles(m=64, n=64, r=16, k=64, split=2, warps=4)),
+    )
+)
+"""How a bottleneck expands what LOW_RANK's tiles have shrunk: m and split are the same."""
+
 DENSE = Table(
     (
         Regime(2, Tiles(m=1, n=32, r=0, k=256, split=1, warps=4)),

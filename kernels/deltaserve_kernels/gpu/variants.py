@@ -1,16 +1,18 @@
 """Every form of every kernel that a launch may choose, so that all of them can be compiled where there is no GPU."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from deltaserve_kernels.gpu import affine, attention, block, dense, embed, lowrank, sparse
+from deltaserve_kernels.fusion import MEMBERS
+from deltaserve_kernels.gpu import affine, attention, block, dense, embed, fusion, lowrank, ownnorm, sparse
 from deltaserve_kernels.gpu.board import KINDS
 from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, precision
 from deltaserve_kernels.gpu.reads import ATTENTION, PART, Reads
-from deltaserve_kernels.gpu.tuning import BLOCK, DENSE, LOW_RANK
+from deltaserve_kernels.gpu.tuning import ACTIVATED, BLOCK, DENSE, LOW_RANK
 
 _POINTERS: Mapping[torch.dtype, str] = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -33,13 +35,15 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """bfloat16 rows with deltas in bfloat16 and float32, and all in float32: what servers run.
+    """bfloat16 and float32 rows, with deltas in bfloat16 and float32: what servers run.
 
-    What deltas add to a linear is summed in float32, whatever its rows are.
+    What deltas add to a linear is summed in float32, whatever its rows are, and adapters read those sums.
     """
-    for rows, weights in _DTYPES:
-        yield from _low_rank(rows, weights)
+    for rows, weights in itertools.product(_DTYPES, _DTYPES):
+        yield from _shrink(rows, weights)
         yield from _dense(rows, weights)
+    for weights in _DTYPES:
+        yield from _expand(weights)
     for rows in (torch.bfloat16, torch.float32):
         yield from _affine(rows)
         yield from _block(rows, torch.float32)
@@ -48,29 +52,38 @@ def variants() -> Iterator[Variant]:
         yield from _attention(rows)
     yield from _turns()
     yield _pick()
+    yield _norm()
+    yield _fusion()
 
 
-_DTYPES = (
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float32),
-)
+_DTYPES = (torch.bfloat16, torch.float32)
+_NUMBERS = {name: "i32" for name in ("width", "plane", "ranks")}
+_SHARED = {"order": "*i64", "tiles": "*i32", "board": "*i64", "planes": "*fp32"}
 
 
-def _low_rank(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
-    numbers = {name: "i32" for name in ("width", "plane", "ranks")}
-    shared = {"order": "*i64", "tiles": "*i32", "board": "*i64", "planes": "*fp32"}
+def _products(rows: torch.dtype, weights: torch.dtype) -> Mapping[str, Any]:
+    """How rows meet weights."""
+    return {"HALF": on_tensor_cores(rows, weights), "PRECISION": precision(weights)}
+
+
+def _shrink(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
     for t in LOW_RANK.all():
-        known = {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r}
-        label = f"m{t.m} {rows}/{weights}".replace("torch.", "")
         yield Variant(
-            f"shrink {label}", lowrank.shrink, {"x": _POINTERS[rows], **shared, "x_stride": "i32", **numbers},
-            known | {"K": t.k, "SPLIT": t.split, "HALF": on_tensor_cores(rows, weights)},
-            t.warps, t.m > 1 and on_tensor_cores(rows, weights), ("x", "x_stride", "width", "planes"),
+            f"shrink m{t.m} {rows}/{weights}".replace("torch.", ""), lowrank.shrink,
+            {"x": _POINTERS[rows], **_SHARED, "x_stride": "i32", **_NUMBERS},
+            {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r, "K": t.k,
+             "SPLIT": t.split, **_products(rows, weights)},
+            t.warps, t.m > 1 and weights != torch.float32, ("x", "x_stride", "width", "planes"),
         )  # fmt: skip
+
+
+def _expand(weights: torch.dtype) -> Iterator[Variant]:
+    for t, bottleneck in ((t, table is ACTIVATED) for table in (LOW_RANK, ACTIVATED) for t in table.all()):
         yield Variant(
-            f"expand {label}", lowrank.expand, {"y": "*fp32", **shared, "y_stride": "i32", **numbers},
-            known | {"N": t.n, "SPLIT": t.split, "PRECISION": precision(weights)},
+            f"expand{' bottleneck' if bottleneck else ''} m{t.m} {weights}".replace("torch.", ""), lowrank.expand,
+            {"y": "*fp32", **_SHARED, "gates": "*fp32", "y_stride": "i32", **_NUMBERS},
+            {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": lowrank.COLUMNS, "M": t.m, "N": t.n, "R": t.r,
+             "SPLIT": t.split, "PRECISION": precision(weights), "BOTTLENECK": bottleneck},
             t.warps, t.m > 1 and weights != torch.float32, ("y", "y_stride", "width", "planes"),
         )  # fmt: skip
 
@@ -82,8 +95,8 @@ def _dense(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
             {"y": "*fp32", "x": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
              "y_stride": "i32", "x_stride": "i32", "width": "i32"},
             {"KIND": KINDS[weights], "TYPE": TYPES[weights], "COLUMNS": dense.COLUMNS, "M": t.m, "N": t.n, "K": t.k,
-             "HALF": on_tensor_cores(rows, weights)},
-            t.warps, t.m > 1 and on_tensor_cores(rows, weights), ("y", "x", "y_stride", "x_stride", "width"),
+             **_products(rows, weights)},
+            t.warps, t.m > 1 and weights != torch.float32, ("y", "x", "y_stride", "x_stride", "width"),
         )  # fmt: skip
 
 
@@ -145,6 +158,23 @@ def _turns() -> Iterator[Variant]:
             {"tiles": "*i32", "board": "*i64", "planes": "*fp32", "turned": "*fp32", "plane": "i32", "ranks": "i32"},
             {"COLUMNS": lowrank.COLUMNS, "M": t.m, "R": t.r, "SPLIT": t.split}, t.warps, False, ("planes", "turned"),
         )  # fmt: skip
+
+
+def _norm() -> Variant:
+    return Variant(
+        "norm", ownnorm.norm, {"y": "*fp32", "slots": "*i32", "board": "*i64", "stride": "i32", "width": "i32"},
+        {"COLUMNS": ownnorm.COLUMNS, "N": ownnorm.N}, ownnorm.WARPS, False, ("y", "stride", "width"),
+    )  # fmt: skip
+
+
+def _fusion() -> Variant:
+    rows = ("y", "c", "asked", "keys", "members")
+    numbers = ("y_stride", "asked_stride", "width", "most")
+    return Variant(
+        "fusion", fusion.attend,
+        {**{name: "*fp32" for name in rows}, "slots": "*i32", "board": "*i64", **{name: "i32" for name in numbers}},
+        {"COLUMNS": fusion.COLUMNS, "MEMBERS": MEMBERS, "N": fusion.N}, fusion.WARPS, False, (*rows, *numbers[:3]),
+    )  # fmt: skip
 
 
 _BIASED = (64, 128)
