@@ -12,7 +12,7 @@ from deltaserve_kernels.activations import activated, name_of
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
+from deltaserve_kernels.stacks import Group, Stack, Stacks, grouped
 
 _Alike = tuple[int, float]
 """A bucket of widths, and an activation's number."""
@@ -48,12 +48,12 @@ class BottleneckTable(SlotTable):
         """Bytes of the stacked copies."""
         return self._stacks.nbytes + self.norms.cached_bytes
 
-    def stack(self, group: _Alike, found: Found) -> Stack:
+    def stack(self, group: Group) -> Stack:
         """fp32 Downᵀ [slots, d, b], down_bias [slots, 1, b], scale · Upᵀ [slots, b, out], up_bias [slots, 1, out].
 
         Widths are padded with zeros to the largest; a bias is None where no slot has it.
         """
-        return self._stacks.of(found, self.generation, group)
+        return self._stacks.of_group(group, self.generation)
 
 
 def apply(
@@ -88,48 +88,24 @@ def reference(
 
 
 def cpu(y: torch.Tensor, u: torch.Tensor, rowmap: RowMap, table: BottleneckTable, gates: torch.Tensor | None) -> None:
-    short, long = parted(table.entries(rowmap))
-    alike: dict[_Alike, Found] = {}
-    for each in short:
-        alike.setdefault(_alike(each[1]), []).append(each)
-    for group, found in alike.items():
-        if len(found) == 1:
-            long = [*long, *found]
-        else:
-            _batched(y, u, found, group, rowmap, table, gates)
-    for run, entry in long:
+    """Short runs of widths in one bucket, with one activation, as two batched products over stacked weights."""
+    groups = table.planned("", rowmap, lambda: grouped(table.entries(rowmap), rowmap, _alike))
+    for group in groups.together:
+        grid, (down, down_bias, up, up_bias) = group.grid, table.stack(group)
+        assert down is not None and up is not None
+        hidden = activated(_product(grid.taken(u).float(), down, down_bias), _activation(group.found[0][1]))
+        added = grid.given(_product(hidden, up, up_bias))
+        grid.add(y, added if gates is None else added.mul_(gates[grid.rows].unsqueeze(1)))
+    for run, entry in groups.alone:
         down, up, down_bias, up_bias = (None if t is None else t.float() for t in entry.tensors)
         assert down is not None and up is not None
         part = y[run.start : run.stop]
         hidden = torch.nn.functional.linear(u[run.start : run.stop].float(), down, down_bias)
         hidden = activated(hidden, _activation(entry))
-        if gates is None:
-            part.addmm_(hidden, up.T, alpha=entry.scalars[0])
-            if up_bias is not None:
-                part.add_(up_bias)
-        else:
-            gate = gates[run.start : run.stop, None]
-            part.addmm_(hidden.mul_(gate), up.T, alpha=entry.scalars[0])
-            if up_bias is not None:
-                part.addcmul_(gate, up_bias)
-
-
-def _batched(
-    y: torch.Tensor,
-    u: torch.Tensor,
-    found: Found,
-    group: _Alike,
-    rowmap: RowMap,
-    table: BottleneckTable,
-    gates: torch.Tensor | None,
-) -> None:
-    """Short runs of widths in one bucket, with one activation: two batched products over stacked weights."""
-    grid = rowmap.grid([run for run, _ in found])
-    down, down_bias, up, up_bias = table.stack(group, found)
-    assert down is not None and up is not None
-    hidden = activated(_product(grid.taken(u).float(), down, down_bias), name_of(int(group[1])))
-    added = grid.given(_product(hidden, up, up_bias))
-    grid.add(y, added if gates is None else added.mul_(gates[grid.rows].unsqueeze(1)))
+        gate = None if gates is None else gates[run.start : run.stop, None]
+        part.addmm_(hidden if gate is None else hidden.mul_(gate), up.T, alpha=entry.scalars[0])
+        if up_bias is not None:
+            part.add_(up_bias if gate is None else gate * up_bias)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

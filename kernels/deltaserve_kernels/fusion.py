@@ -10,9 +10,8 @@ import torch
 
 from deltaserve_kernels import dense
 from deltaserve_kernels.dispatch import Implementation, path
-from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.rowmap import Grid, RowMap, Run
 from deltaserve_kernels.slots import SlotTable
-from deltaserve_kernels.stacks import Found
 
 MEMBERS = 32
 """The most that a slot may have."""
@@ -109,14 +108,17 @@ def cpu(
     rowmap: RowMap,
     table: FusionTable,
 ) -> None:
-    """Slots of as many members together."""
-    alike: dict[tuple[int, bool], Found] = {}
-    for run, entry in table.entries(rowmap):
-        alike.setdefault((int(entry.scalars[0]), entry.tensors[3] is not None), []).append((run, entry))
-    for (count, valued), found in alike.items():
-        grid = rowmap.grid([run for run, _ in found])
+    """Slots of as many members together, and what they give in one place."""
+    for count, valued, grid in table.planned("", rowmap, lambda: _divided(table, rowmap)):
         made = _attended(asked[grid.rows], keys[grid.rows], members[grid.rows], count)
         (grid.put if valued else grid.add)(c if valued else y, made)
+
+
+def _divided(table: FusionTable, rowmap: RowMap) -> list[tuple[int, bool, Grid]]:
+    alike: dict[tuple[int, bool], list[Run]] = {}
+    for run, entry in table.entries(rowmap):
+        alike.setdefault((int(entry.scalars[0]), entry.tensors[3] is not None), []).append(run)
+    return [(count, valued, rowmap.grid(runs)) for (count, valued), runs in alike.items()]
 
 
 def _attended(asked: torch.Tensor, keys: torch.Tensor, members: torch.Tensor, count: int) -> torch.Tensor:

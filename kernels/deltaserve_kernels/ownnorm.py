@@ -7,7 +7,7 @@ import torch
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Stack, Stacks, parted
+from deltaserve_kernels.stacks import Group, Groups, Stack, Stacks, grouped
 
 
 class NormTable(SlotTable):
@@ -22,9 +22,9 @@ class NormTable(SlotTable):
         """Bytes of the stacked copies."""
         return self._stacks.nbytes
 
-    def stack(self, found: Found) -> tuple[torch.Tensor, ...]:
-        """fp32 weight [slots, d], bias [slots, d] and eps [slots, 1]."""
-        stack = self._stacks.of(found, self.generation)
+    def stack(self, group: Group) -> tuple[torch.Tensor, ...]:
+        """fp32 weight, bias [entries, d] and eps [entries, 1]."""
+        stack = self._stacks.of_group(group, self.generation)
         return tuple(tensor for tensor in stack if tensor is not None)
 
 
@@ -50,15 +50,20 @@ def reference(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
 
 def cpu(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
     """Short runs in one go, each row by its own row of the stack."""
-    short, long = parted(table.entries(rowmap))
-    if short:
-        grid = rowmap.grid([run for run, _ in short])
-        weight, bias, eps = (tensor.index_select(0, grid.each) for tensor in table.stack(short))
-        rows = y[grid.rows]
-        variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-        grid.put(y, (rows - mean).mul_(torch.rsqrt(variance + eps)).mul_(weight).add_(bias))
-    for run, entry in long:
+    groups = table.planned("", rowmap, lambda: _divided(table, rowmap))
+    for group in groups.together:
+        weight, bias, eps = table.stack(group)
+        for part, rows in group.grid.pieces(y):
+            variance, mean = torch.var_mean(part, 1, correction=0, keepdim=True)
+            part.sub_(mean).mul_(variance.add_(eps[rows]).rsqrt_()).mul_(weight[rows]).add_(bias[rows])
+    for run, entry in groups.alone:
         _one(y[run.start : run.stop], entry)
+
+
+def _divided(table: NormTable, rowmap: RowMap) -> Groups:
+    """A stack has a row for each row, not for each slot."""
+    groups = grouped(table.entries(rowmap), rowmap, lambda _: None)
+    return Groups(tuple(group.by_row() for group in groups.together), groups.alone)
 
 
 def _one(part: torch.Tensor, entry: Entry) -> None:

@@ -9,7 +9,7 @@ from deltaserve_kernels.activations import activated
 from deltaserve_kernels.dense import Layer
 from deltaserve_kernels.gpu import demands, dense
 from deltaserve_kernels.gpu.board import KINDS
-from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores
+from deltaserve_kernels.gpu.launch import TYPES, on_tensor_cores, precision
 from deltaserve_kernels.gpu.tiling import tiles
 from deltaserve_kernels.gpu.tuning import DENSE
 from deltaserve_kernels.rowmap import RowMap
@@ -67,7 +67,7 @@ def _product(out: torch.Tensor, x: torch.Tensor, rowmap: RowMap, layers: Mapping
             dense.dense[(len(cut), triton.cdiv(most, plan.n))](
                 out, x, rowmap.order, cut, told_all, out.stride(0), x.stride(0), inputs,
                 KIND=KINDS[dtype], TYPE=TYPES[dtype], COLUMNS=dense.COLUMNS, M=plan.m, N=plan.n, K=plan.k,
-                HALF=on_tensor_cores(x.dtype, dtype), num_warps=plan.warps,
+                HALF=on_tensor_cores(x.dtype, dtype), PRECISION=precision(dtype), num_warps=plan.warps,
             )  # fmt: skip
 
 
