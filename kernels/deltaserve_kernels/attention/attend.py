@@ -51,6 +51,6 @@ def triton(query: torch.Tensor, own: paths.Pair, cache: paths.Pair | None, atten
 
 _PATHS: Mapping[Implementation, Path] = {
     Implementation.REFERENCE: partial(paths.one_by_one, paths.reference),
-    Implementation.CPU: partial(paths.one_by_one, paths.cpu),
+    Implementation.CPU: paths.cpu,
     Implementation.TRITON: triton,
 }

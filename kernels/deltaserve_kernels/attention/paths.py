@@ -1,7 +1,8 @@
 """Packed attention: the reference, and the CPU's path over views of contiguous extents."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -98,18 +99,78 @@ def reference(
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(query.dtype)
 
 
-def cpu(
+def cpu(query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention) -> torch.Tensor:
+    """The reference's equation by torch's fused attention, over views of the keys; sequences alike in one call.
+
+    query [rows, heads, d] -> the same shape.
+    """
+    if attention.softcap is not None:
+        return one_by_one(reference, query, own, cache, attention)
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for batch in _batches(attention):
+        first = batch.first
+        keys, values = cache if first.cached and cache is not None else own
+        rows = slice(first.query_start, first.query_start + batch.count * first.queries)
+        shape = (batch.count, first.queries, *query.shape[1:])
+        done = _fused(query[rows].view(shape), batch.of(keys), batch.of(values), first, attention)
+        out[rows].view(shape).copy_(done)
+    return out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`count` sequences like `first`, without a prefix if there are several, whose keys begin `step` rows apart."""
+
+    first: Sequence
+    count: int
+    step: int
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, heads, d] -> a view [count, keys, heads, d]."""
+        shape = (self.count, self.first.keys, *x.shape[1:])
+        offset = x.storage_offset() + self.first.key_start * x.stride(0)
+        return x.as_strided(shape, (self.step * x.stride(0), *x.stride()), offset)
+
+
+def _batches(attention: Attention) -> tuple[Batch, ...]:
+    """Neighbours that differ in nothing but their place, and stand evenly; once for all layers of a forward."""
+    sequences = attention.sequences
+    prefixed = frozenset([slot for slot in sequences.slots if slot in attention.prefix])
+    found = sequences.kept.get(("batches", prefixed))
+    if found is None:
+        found = sequences.kept["batches", prefixed] = tuple(_even(sequences.items, prefixed))
+    return found  # type: ignore[return-value]
+
+
+def _even(items: tuple[Sequence, ...], prefixed: frozenset[int]) -> Iterator[Batch]:
+    at = 0
+    while at < len(items):
+        first, count, step = items[at], 1, 0
+        for last, each in pairwise(items[at:]):
+            begins = each.query_start == last.query_start + last.queries
+            alike = replace(each, query_start=0, key_start=0, slot=0) == replace(
+                first, query_start=0, key_start=0, slot=0
+            )
+            between = each.key_start - last.key_start
+            if not (begins and alike and {first.slot, each.slot}.isdisjoint(prefixed)) or between < 0:
+                break
+            if count > 1 and between != step:
+                break
+            count, step = count + 1, between
+        yield Batch(first, count, step)
+        at += count
+
+
+def _fused(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sequence: Sequence, attention: Attention
 ) -> torch.Tensor:
-    """The reference's equation by torch's fused attention; keys and values stay views of the cache where they can."""
-    if attention.softcap is not None:
-        return reference(query, keys, values, sequence, attention)
+    """query [batch, queries, heads, d], keys and values [batch, keys, kv_heads, d] -> as the query."""
     prefix_keys, prefix_values, bias = attention.parts(sequence)
     prefix = 0
     if prefix_keys is not None and prefix_values is not None:
         prefix = int(prefix_keys.shape[0])
-        keys = torch.cat((prefix_keys.to(keys.dtype), keys))
-        values = torch.cat((prefix_values.to(values.dtype), values))
+        keys = torch.cat((prefix_keys.to(keys.dtype).unsqueeze(0), keys), 1)
+        values = torch.cat((prefix_values.to(values.dtype).unsqueeze(0), values), 1)
     causal = attention.sequences.causal and sequence.position == 0 and sequence.keys == sequence.queries
     plain = causal and sequence.queries > 1 and not prefix and bias is None and attention.window is None
     mask = None
@@ -120,12 +181,12 @@ def cpu(
         elif hidden is not None:
             mask = ~hidden
     out = scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
+        query.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=mask,
         is_causal=plain,
         scale=attention.scale,
-        enable_gqa=query.shape[1] != keys.shape[1],
+        enable_gqa=query.shape[2] != keys.shape[2],
     )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2)

@@ -1,6 +1,7 @@
 """Who attends to what in one forward: one entry for each request, for one kind of attention."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -33,3 +34,8 @@ class Sequences:
     write: torch.Tensor | None = None
     buckets: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
     kept: dict[object, object] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def slots(self) -> frozenset[int]:
+        """Of all sequences, BARE too where there is one."""
+        return frozenset(sequence.slot for sequence in self.items)
