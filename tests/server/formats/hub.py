@@ -90,7 +90,7 @@ def save(tensors: Tensors, folder: Path, safe: str, pickled: str, as_pickle: boo
     if as_pickle:
         torch.save(tensors, folder / pickled)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / safe)
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / safe)
 
 
 class Draw:

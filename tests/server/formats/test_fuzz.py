@@ -11,11 +11,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hub_cases
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,8 +26,10 @@ from safetensors.torch import load_file, save
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.primitives import LowRank
 from deltaserve.errors import DeltaserveError
+from deltaserve.formats import folder as files
 from deltaserve.formats import native
-from deltaserve.formats.folder import NATIVE, PEFT, PICKLED, Layout
+from deltaserve.formats.adapterhub.configs import ARCHITECTURES
+from deltaserve.formats.folder import NATIVE, PEFT, Layout
 from deltaserve.formats.native.record import PRIMITIVES
 from deltaserve.formats.peft.types import TYPES
 from deltaserve.formats.registry import read
@@ -38,7 +41,17 @@ ROOM = 1 << 30
 """Bytes that a reader may take beside what the process has; the checkpoints have some thousand."""
 
 
-Whole = tuple[Backbone, Wanted, dict[str, Any], dict[str, torch.Tensor], Layout]
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint as it was. `beside`: files of it that are not spoilt; `inside`: the sub-folder of those that are."""
+
+    backbone: Backbone
+    wanted: Wanted
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    layout: Layout
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    inside: str = ""
 
 
 @dataclass
@@ -52,12 +65,14 @@ class Files:
     late: list[Callable[[dict[str, bytearray]], None]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         made = {self.layout.config: bytearray(json.dumps(self.config).encode())}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         if self.pickled:
-            torch.save(tensors, folder / PICKLED)
-            made[PICKLED] = bytearray((folder / PICKLED).read_bytes())
-        else:
+            assert self.layout.pickled is not None
+            torch.save(tensors, folder / self.layout.pickled)
+            made[self.layout.pickled] = bytearray((folder / self.layout.pickled).read_bytes())
+        elif self.layout.tensors:
             made[self.layout.tensors] = bytearray(save(tensors))
         for change in self.late:
             change(made)
@@ -87,7 +102,40 @@ def converted(
 def as_it_was(folder: Path, backbone: Backbone, wanted: Wanted, layout: Layout) -> Whole:
     checked(folder, backbone, wanted)
     config = json.loads((folder / layout.config).read_text())
-    return backbone, wanted, config, load_file(folder / layout.tensors), layout
+    return Whole(backbone, wanted, config, load_file(folder / layout.tensors), layout)
+
+
+@pytest.fixture(scope="module")
+def hub(backbones: Mapping[str, Backbone], tmp_path_factory: pytest.TempPathFactory) -> list[Whole]:
+    """Checkpoints of AdapterHub's; of setups the file that says how they act, or one of their members, is spoilt."""
+    place, found = tmp_path_factory.mktemp("hub"), []
+    for n, (made, head) in enumerate(hub_cases.singles(backbones)):
+        folder = made.write(place / str(n))
+        layout = files.HUB
+        if head is not None:
+            hub_cases.with_head(folder, *head)
+            layout = files.HUB_HEAD
+        checked(folder, backbones[made.family], NOTHING_WANTED)
+        for spoilt in {files.HUB, layout}:
+            found.append(_part(folder, "", spoilt, backbones[made.family]))
+    for n, (family, write) in enumerate(hub_cases.setups()):
+        folder = write(place / f"setup-{n}")
+        checked(folder, backbones[family], NOTHING_WANTED)
+        found.append(_part(folder, "", files.HUB_SETUP, backbones[family]))
+        for inside, layout in (("folder-0", files.HUB), ("fused", files.HUB_FUSION)):
+            if (folder / inside).is_dir():
+                found.append(_part(folder, inside, layout, backbones[family]))
+    return found
+
+
+def _part(folder: Path, inside: str, layout: Layout, backbone: Backbone) -> Whole:
+    here = folder / inside
+    spoilt = {here / layout.config, here / layout.tensors}
+    others = [file for file in folder.rglob("*") if file.is_file() and file not in spoilt]
+    beside = {str(file.relative_to(folder)): file.read_bytes() for file in others}
+    tensors = load_file(here / layout.tensors) if layout.tensors else {}
+    config = json.loads((here / layout.config).read_text())
+    return Whole(backbone, NOTHING_WANTED, config, tensors, layout, beside, inside)
 
 
 class Watch:
@@ -262,7 +310,7 @@ def truncated(draw: st.DrawFn, files: Files) -> None:
     share, which = draw(st.floats(0, 1)), draw(st.integers(0, 1))
 
     def cut(made: dict[str, bytearray]) -> None:
-        content = made[sorted(made)[which]]
+        content = made[sorted(made)[which % len(made)]]
         del content[int(len(content) * share) :]
 
     files.late.append(cut)
@@ -274,7 +322,7 @@ def flipped(draw: st.DrawFn, files: Files) -> None:
     flips = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
 
     def flip(made: dict[str, bytearray]) -> None:
-        content = made[sorted(made)[which]]
+        content = made[sorted(made)[which % len(made)]]
         reach = min(len(content), 400) if near else len(content)
         for share, mask in flips if reach else ():
             content[int(reach * share)] ^= mask
@@ -334,12 +382,32 @@ def replaced_deep(draw: st.DrawFn, files: Files) -> None:
             inner.append(inner[place])
 
 
+def hub_option(draw: st.DrawFn, files: Files) -> None:
+    """One of the options of a method of AdapterHub's, of its own or of another."""
+    files.config = json.loads(json.dumps(files.config))
+    told = files.config.get("config")
+    parts = told.get("configs", [told]) if isinstance(told, dict) else []
+    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    if parts:
+        value = VALUES | st.sampled_from(
+            ("learned", "channel", "nice", "reft", "lora", "prefix_tuning", None, True, False)
+        )
+        draw(st.sampled_from(parts))[draw(st.sampled_from(HUB_OPTIONS))] = draw(value)
+
+
+HUB_OPTIONS = sorted(set().union(*(options.used | options.inert for options in ARCHITECTURES.values())))
 WORDS = st.sampled_from(("a", "b", "scale", "index", "values", "weight", "bias", "keys", "rows", "type", "x", "\ud800"))
 NATIVE_SPOILS = (
     *(replaced_deep, replaced_deep, replaced_deep, removed_key, replaced_value),
     *(reshaped, retyped, renumbered, renamed, duplicated, removed, truncated, flipped, misdescribed),
 )
-SPOILED_BY = {PEFT: SPOILS, NATIVE: NATIVE_SPOILS}
+HUB_SPOILS = (
+    *(replaced_deep, replaced_deep, hub_option, hub_option, removed_key, replaced_value, reshaped, retyped, renumbered),
+    *(renamed, duplicated, removed, truncated, flipped, misdescribed, pickled),
+)
+HUB_LAYOUTS = (files.HUB, files.HUB_HEAD, files.HUB_FUSION, files.HUB_SETUP)
+SPOILED_BY = {PEFT: SPOILS, NATIVE: NATIVE_SPOILS, **dict.fromkeys(HUB_LAYOUTS, HUB_SPOILS)}
+TENSORLESS = (replaced_deep, removed_key, replaced_value, truncated, flipped)
 
 
 def fuzz(whole: list[Whole], watch: Watch, examples: int) -> dict[str, int]:
@@ -350,18 +418,22 @@ def fuzz(whole: list[Whole], watch: Watch, examples: int) -> dict[str, int]:
         max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(st.data())
-    def one(data: st.DataObject) -> None:
-        backbone, wanted, config, tensors, layout = whole[data.draw(st.integers(0, len(whole) - 1))]
-        files = Files(dict(config), dict(tensors), layout)
-        for spoil in data.draw(st.lists(st.sampled_from(SPOILED_BY[layout]), min_size=1, max_size=2)):
-            if files.tensors and files.config:
+    def spoilt(data: st.DataObject) -> None:
+        one = whole[data.draw(st.integers(0, len(whole) - 1))]
+        files = Files(dict(one.config), dict(one.tensors), one.layout)
+        ways = SPOILED_BY[one.layout] if one.tensors else TENSORLESS
+        for spoil in data.draw(st.lists(st.sampled_from(ways), min_size=1, max_size=2)):
+            if files.config and (files.tensors or not one.tensors):
                 spoil(data.draw, files)
         folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-        files.write(folder)
+        for name, content in one.beside.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        files.write(folder / one.inside)
         watch.folder, refusals = folder, list[str]()
         try:
             with bounded():
-                checked(folder, backbone, wanted, allow_pickle=files.pickled)
+                checked(folder, one.backbone, one.wanted, allow_pickle=files.pickled)
             outcomes["lowered"] += 1
         except DeltaserveError as error:
             refusals.append(error.message)
@@ -375,7 +447,7 @@ def fuzz(whole: list[Whole], watch: Watch, examples: int) -> dict[str, int]:
             assert str(folder) not in said, "where the server keeps its files is nobody's business"
             outcomes["refused"] += 1
 
-    one()
+    spoilt()
     return outcomes
 
 
@@ -390,6 +462,13 @@ def test_spoilt_checkpoints_are_lowered_or_refused(whole: list[Whole], watch: Wa
 def test_many_spoilt_checkpoints(whole: list[Whole], watch: Watch) -> None:
     outcomes = fuzz(whole, watch, 8_000)
     assert min(outcomes.values()) > 500, outcomes
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("examples", [1500, pytest.param(8000, marks=pytest.mark.long)])
+def test_spoilt_checkpoints_of_adapterhub(hub: list[Whole], watch: Watch, examples: int) -> None:
+    outcomes = fuzz(hub, watch, examples)
+    assert min(outcomes.values()) > examples // 20, outcomes
 
 
 @pytest.mark.timeout(600)
