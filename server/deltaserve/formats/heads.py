@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaserve.deltas.primitives import Head, HeadLayer
-from deltaserve.deltas.sites import PROBLEM_TYPES, BackboneSpec, HeadSpec, Task
+from deltaserve.deltas.sites import PROBLEM_TYPES, THROUGH_POOLER, BackboneSpec, HeadSpec, Pooling, Task
 from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 from deltaserve.formats.ledger import Ledger
 from deltaserve.formats.wanted import Wanted
@@ -12,6 +12,20 @@ from deltaserve.formats.wanted import Wanted
 GUESSED = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING)
 """By their heads, in this order. One of multiple choice is also one of regression: it must be said."""
 CLASSIFIES = (*GUESSED, Task.MULTIPLE_CHOICE)
+OUTPUTS: Mapping[Task, int] = {Task.QUESTION_ANSWERING: 2, Task.MULTIPLE_CHOICE: 1}
+"""How many a head has whose outputs are no labels."""
+
+
+def readings(task: Task, backbone: BackboneSpec, prompted: bool) -> frozenset[Pooling]:
+    """What a head for a task may read in this backbone: what its family's does, and what AdapterHub's does."""
+    own = backbone.heads.get(task)
+    found = set() if own is None else {own.read(prompted)}
+    if task in (Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING):
+        return frozenset({*found, Pooling.TOKENS})
+    if "generate" in backbone.tasks:
+        return frozenset({*found, Pooling.LAST_REAL, Pooling.LAST})
+    pooled = any(head.pooling in THROUGH_POOLER for head in backbone.heads.values())
+    return frozenset({*found, Pooling.CLS, *([Pooling.POOLER] if pooled else [])})
 
 
 def head_of(task: Task, backbone: BackboneSpec) -> HeadSpec:

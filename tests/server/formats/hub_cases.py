@@ -6,8 +6,9 @@ from typing import Any
 
 from hub import COMPACTER, HOULSBY, LORA, PAR, PREFIX, PROMPT, REFT, SEQ, Draw, Made, Tensors, bottlenecks
 from test_adapterhub import compacted
+from test_adapterhub_heads import flexible, layers_of, vocabulary, with_head
 from test_adapterhub_lowrank import gate, low_rank, magnitude
-from test_adapterhub_others import edits, flexible, layers_of, prefixed, vocabulary, with_head
+from test_adapterhub_others import edits, prefixed
 from test_adapterhub_setups import Setup, block, fusion_of, loras, pair
 
 from deltaserve.backbone.model import Backbone

@@ -163,8 +163,8 @@ def cut(end: str) -> Change:
     return change
 
 
-def at_norm(config: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
-    config["at"][f"{LAYER}.output.LayerNorm"] = config["at"].pop(FIRST)
+def at_embedding(config: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    config["at"]["bert.embeddings.word_embeddings"] = config["at"].pop(FIRST)
 
 
 BROKEN: Mapping[str, tuple[Change, tuple[str, ...]]] = {
@@ -191,7 +191,7 @@ BROKEN: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "tapped-here": (told("at", FIRST, 0, input="residual"), ("'residual'", "no sublayer", FIRST)),
     "replaces-here": (told("at", FIRST, 0, replaces=True), ("replaces", "no sublayer", FIRST)),
     "carry-width": (told("at", FIRST, 0, carry="own"), ("'own'", "16", "25")),
-    "at-a-norm": (at_norm, ("Bottleneck", "norm", "Affine")),
+    "at-an-embedding": (at_embedding, ("Bottleneck", "embedding", "LowRank")),
     "members": (fusion(members=[]), ("members", "empty")),
     "members-word": (fusion(members="all"), ("'members'", "a list")),
     "members-many": (fusion(members=[{}] * 2000), ("'members'", "a list of at most")),

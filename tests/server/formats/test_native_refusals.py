@@ -152,10 +152,10 @@ BROKEN: Mapping[str, tuple[str, Callable[[Any], None], tuple[str, ...]]] = {
     "head-bias": ("mood", tensor("HeadLayer.bias", lambda t: t[1:]), ("head", "bias", "[2]", "[3]")),
     "head-activation": (
         "mood",
-        config(lambda told: told["head"][0].update(activation="relu")),
-        ("head", "activation", "relu"),
+        config(lambda told: told["head"][0].update(activation="glow")),
+        ("head", "activation", "glow"),
     ),
-    "head-layers": ("mood", config(lambda told: told["head"].append(told["head"][0])), ("2 layers",)),
+    "head-layers": ("mood", config(lambda told: told["head"].append(told["head"][0])), ("entry 1", "weight")),
     "no-head": ("mood", key("head", None), ("task", "a head")),
     "base-twice": ("vera", config(lambda told: told["bases"].append(told["bases"][0])), ("bases", "twice")),
     "base-missing": ("vera", key("bases", ["base.0", "nowhere"]), ("'nowhere'", "missing")),

@@ -16,7 +16,7 @@ from deltaserve.formats.adapterhub.member import Below
 from deltaserve.formats.adapterhub.places import layer_of
 from deltaserve.formats.draft import Draft
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.heads import CLASSIFIES, head_of
+from deltaserve.formats.heads import CLASSIFIES, OUTPUTS, head_of, layers_of
 from deltaserve.formats.options import shown
 from deltaserve.formats.wanted import Wanted
 
@@ -36,7 +36,6 @@ _FLEXIBLE: Mapping[str, Task] = {
     "seq2seq_lm": Task.GENERATION,
     "masked_lm": Task.EMBEDDING,
 }
-_OUTPUTS = {Task.MULTIPLE_CHOICE: 1, Task.QUESTION_ANSWERING: 2}
 _STATIC: tuple[tuple[str, Task], ...] = (
     ("ForSequenceClassification", Task.SEQUENCE_CLASSIFICATION),
     ("ForTokenClassification", Task.TOKEN_CLASSIFICATION),
@@ -96,7 +95,7 @@ def lower(
         spec = _flexible_head(tensors, told, config, task, backbone, draft)
         return Headed(task, False, spec, _labels(told, kind)), tensors
     spec = head_of(task, backbone)
-    draft.head = _static_head(tensors, spec, backbone)
+    draft.head = layers_of(tensors, spec, backbone.hidden_size)
     return Headed(task, False, spec, _labels(config, None)), tensors
 
 
@@ -149,7 +148,7 @@ def _flexible_head(
     """Dropout, linear, activation, dropout, linear ...; names count all of them."""
     name, count = config.get("name"), options.integer(told, "layers", most=MOST_LAYERS)
     pooled = told["head_type"] in _POOLED
-    outputs = _OUTPUTS.get(task) if task is not Task.QUESTION_ANSWERING else options.integer(told, "num_labels", most=2)
+    outputs = OUTPUTS.get(task) if task is not Task.QUESTION_ANSWERING else options.integer(told, "num_labels", most=2)
     width = outputs or options.integer(told, "num_labels", most=MOST_LABELS)
     f = activation(told, "activation_function")
     layers, at, hidden = [], 1, backbone.hidden_size
@@ -164,7 +163,7 @@ def _flexible_head(
         at += 2 + bool(told.get("activation_function"))
     draft.head = Head(tuple(layers))
     pooling = _pooling(told, backbone) if pooled else Pooling.TOKENS
-    return HeadSpec(f"heads.{name}"[:200], pooling, outputs=_OUTPUTS.get(task))
+    return HeadSpec(f"heads.{name}"[:200], pooling, outputs=OUTPUTS.get(task))
 
 
 def _pooling(told: Mapping[str, Any], backbone: BackboneSpec) -> Pooling:
@@ -175,21 +174,6 @@ def _pooling(told: Mapping[str, Any], backbone: BackboneSpec) -> Pooling:
             )
         return Pooling.POOLER
     return Pooling.LAST_REAL if "generate" in backbone.tasks else Pooling.CLS
-
-
-def _static_head(tensors: Below, spec: HeadSpec, backbone: BackboneSpec) -> Head:
-    layers, width = [], backbone.hidden_size
-    for path, f in spec.layers:
-        name = f"{spec.module}.{path}" if path else spec.module
-        sizes = tensors.sizes(f"{name}.weight")
-        out = sizes[0] if len(sizes) == 2 else 1
-        weight = tensors.take(f"{name}.weight", (out, width))
-        bias = tensors.take(f"{name}.bias", (out,)) if tensors.has(f"{name}.bias") else None
-        layers.append(HeadLayer(weight, bias, f))
-        width = out
-    if spec.outputs not in (None, width):
-        raise BadCheckpoint(f"the head {spec.module!r} has {width} outputs; for this task it has {spec.outputs}")
-    return Head(tuple(layers))
 
 
 def _vocabulary(

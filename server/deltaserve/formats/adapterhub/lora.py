@@ -145,12 +145,12 @@ def _shared(member: Member, site: Site, at: str, rank: int, draft: Draft) -> Cha
     """VeRA (arXiv 2310.11454): ΔW = V_B B V_D A; B and A are for all; V_B [out, out], V_D [r, r] mostly diagonal."""
     tensors, start = member.tensors, f"shared_parameters.{member.name}"
     a = draft.base(member.shared(f"{start}.lora_A", (rank, site.in_features)))
-    b = draft.base(member.shared(f"{start}.lora_B", (site.out_features, rank)))
+    b = member.shared(f"{start}.lora_B", (site.out_features, rank))
     inner = tensors.take(f"{at}.vera_D", (rank, rank))
     outer = tensors.take(f"{at}.vera_B", (site.out_features, site.out_features))
     slim = inner.diagonal().contiguous() if _diagonal(inner) else inner
     if _diagonal(outer):
-        return Change(a, b, inner=slim, outer=outer.diagonal().contiguous())
+        return Change(a, draft.base(b), inner=slim, outer=outer.diagonal().contiguous())
     return Change(a, outer.float() @ b, inner=slim)
 
 

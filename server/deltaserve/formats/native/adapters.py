@@ -96,7 +96,7 @@ def _network(found: Bottleneck, site: Site, spec: BackboneSpec, place: str) -> N
     for name, bias, size in (("down_bias", found.down_bias, inner), ("up_bias", found.up_bias, site.out_features)):
         if bias is not None:
             tensor(bias, (size,), f"{place}.{name}")
-    _activation(found.activation, f"{place}.activation")
+    activation(found.activation, f"{place}.activation")
     if found.before is not None:
         _norm(found.before, width, f"{place}.before")
 
@@ -110,7 +110,7 @@ def _net(found: Net, half: int, place: str) -> None:
         ("up_bias", found.up_bias, (half,)),
     ):
         tensor(part, shape, f"{place}.{name}")
-    _activation(found.activation, f"{place}.activation")
+    activation(found.activation, f"{place}.activation")
 
 
 def _norm(found: OwnNorm, width: int, place: str) -> None:
@@ -125,6 +125,6 @@ def _positions(found: Positions, place: str) -> None:
         raise BadCheckpoint(f"{place} is the first {found.first} and the last {found.last} rows; that is none")
 
 
-def _activation(name: str | None, place: str) -> None:
+def activation(name: str | None, place: str) -> None:
     if name is not None and name not in ACTIVATIONS:
         raise BadCheckpoint(f"{place} is {name[:80]!r}; this release knows {', '.join(ACTIVATIONS)}")

@@ -18,13 +18,16 @@ from deltaserve.deltas.primitives import (
     Sparse,
     tensors,
 )
-from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Site, SiteType
+from deltaserve.deltas.sites import BackboneSpec, Site, SiteType, Task
 from deltaserve.errors import BadCheckpoint
+from deltaserve.formats.heads import OUTPUTS
 from deltaserve.formats.native import adapters
 from deltaserve.formats.native.record import Part
 from deltaserve.formats.native.shapes import INTEGERS, MOST_ROWS, below, length, tensor
 from deltaserve.formats.numbers import fits
 
+MOST_LAYERS = 16
+"""Of a head."""
 LATEST = 1
 """Rows of a text that a soft prompt may stand behind: every text has one."""
 
@@ -67,24 +70,23 @@ def coupling(found: Part, spec: BackboneSpec, place: str) -> Coupling:
     return found
 
 
-def head_layers(found: tuple[Part, ...], spec: BackboneSpec, head: HeadSpec, place: str) -> tuple[HeadLayer, ...]:
-    """The layers of a task's head in this family, each as wide as the next one reads. Raises BadCheckpoint."""
-    if len(found) != len(head.layers):
-        raise BadCheckpoint(f"{place} has {len(found)} layers; in this family there are {len(head.layers)}")
+def head_layers(found: tuple[Part, ...], spec: BackboneSpec, task: Task, place: str) -> tuple[HeadLayer, ...]:
+    """The layers of a task's head, each as wide as the next one reads. Raises BadCheckpoint."""
+    if not 1 <= len(found) <= MOST_LAYERS:
+        raise BadCheckpoint(f"{place} has {len(found)} layers; 1 to {MOST_LAYERS} are expected")
     width, layers = spec.hidden_size, []
-    for index, (layer, (_, activation)) in enumerate(zip(found, head.layers, strict=True)):
+    for index, layer in enumerate(found):
         here = f"{place}, entry {index}"
         if not isinstance(layer, HeadLayer):
             raise BadCheckpoint(f"{here} has a {type(layer).__name__}; a HeadLayer is expected")
-        if layer.activation != activation:
-            raise BadCheckpoint(f"{here} has the activation {layer.activation!r}; in this family it is {activation!r}")
+        adapters.activation(layer.activation, f"{here}, activation")
         tensor(layer.weight, (None, width), f"{here}, weight")
         width = int(layer.weight.shape[0])
         if layer.bias is not None:
             tensor(layer.bias, (width,), f"{here}, bias")
         layers.append(layer)
-    if head.outputs not in (None, width):
-        raise BadCheckpoint(f"{place} has {width} outputs; for this task it has {head.outputs}")
+    if OUTPUTS.get(task, width) != width:
+        raise BadCheckpoint(f"{place} has {width} outputs; for this task it has {OUTPUTS[task]}")
     return tuple(layers)
 
 
@@ -209,6 +211,6 @@ _FITS: Mapping[SiteType, Mapping[type, _Fit]] = {
         Dense: _dense_of_embedding,
         Rows: _rows,
     },
-    SiteType.NORM: {Affine: _affine_of_norm},
+    SiteType.NORM: {Affine: _affine_of_norm, Bottleneck: adapters.bottleneck, Fusion: adapters.fusion},
     SiteType.ATTENTION: {Prefix: _prefix},
 }

@@ -1,15 +1,17 @@
 """A converted delta from its folder: every part is checked against the backbone, nothing is computed."""
 
+from collections.abc import Collection
+
 import torch
 
 from deltaserve.deltas.adapters import Adapter
 from deltaserve.deltas.bases import content_key
 from deltaserve.deltas.delta import Delta, Provenance
 from deltaserve.deltas.primitives import Head, Prefix, SitePrimitive, tensors
-from deltaserve.deltas.sites import BackboneSpec, SiteType, Weights
+from deltaserve.deltas.sites import BackboneSpec, Pooling, SiteType, Weights
 from deltaserve.errors import BadCheckpoint
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.heads import CLASSIFIES
+from deltaserve.formats.heads import CLASSIFIES, readings
 from deltaserve.formats.native import document, fit, record
 from deltaserve.formats.native.document import Document
 from deltaserve.formats.native.wanting import as_wanted, labelled
@@ -120,15 +122,15 @@ def _primitives(
 
 def _head(told: Document, backbone: BackboneSpec, store: _Store) -> Head | None:
     """There is one exactly where the task needs it."""
-    spec = backbone.heads.get(told.task) if told.task in CLASSIFIES else None
-    if (told.head is None) != (spec is None):
-        here, there = ("a head" if needed else "no head" for needed in (spec is not None, told.head is not None))
+    needs = told.task in CLASSIFIES and "classify" in backbone.tasks
+    if (told.head is not None) != needs:
+        here, there = ("a head" if needed else "no head" for needed in (needs, told.head is not None))
         raise BadCheckpoint(f"config key 'task' is {told.task.value!r}, which has {here} here; the delta has {there}")
-    if told.head is None or spec is None:
+    if told.head is None:
         return None
     place = "config key 'head'"
     parts = tuple(record.read(each, f"{place}, entry {n}", store.get) for n, each in enumerate(told.head))
-    return Head(fit.head_layers(parts, backbone, spec, place))
+    return Head(fit.head_layers(parts, backbone, told.task, place))
 
 
 def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
@@ -144,14 +146,16 @@ def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
         raise BadCheckpoint(f"prompt and prefix leave no room for a text: this backbone has {limit} positions")
     _check_bases(delta)
     _check_invocation(delta, backbone)
-    width = labelled(delta, backbone)
+    width = labelled(delta)
     if len(delta.labels) != width:
         raise BadCheckpoint(f"config key 'labels' has {len(delta.labels)} entries; the head has {width} labels")
     if (delta.problem_type is None) != (width == 0):
         raise BadCheckpoint("config key 'problem_type' goes with a head's labels, and only with them")
-    head = None if delta.head is None else backbone.heads[delta.task]
-    expected = None if head is None else head.read(delta.prompt is not None)
-    if delta.pooling is not expected:
+    able: Collection[Pooling | None] = (None,)
+    if delta.head is not None:
+        able = readings(delta.task, backbone, delta.prompt is not None)
+    if delta.pooling not in able:
+        expected = " or ".join(sorted(str(each) for each in able))
         raise BadCheckpoint(f"config key 'pooling' is {delta.pooling}; for this task and family it is {expected}")
     if not delta.at and delta.prompt is None and delta.coupling is None and delta.head is None:
         raise BadCheckpoint("it holds no primitive at all")

@@ -5,7 +5,7 @@ import dataclasses
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.sites import BackboneSpec, Task
 from deltaserve.errors import BadCheckpoint, InvalidArgument
-from deltaserve.formats.heads import CLASSIFIES, head_of
+from deltaserve.formats.heads import CLASSIFIES, OUTPUTS, head_of
 from deltaserve.formats.wanted import Wanted
 
 
@@ -16,7 +16,7 @@ def as_wanted(delta: Delta, wanted: Wanted, backbone: BackboneSpec) -> Delta:
     if wanted.task_id not in (None, delta.task_id):
         its = "has no tasks to choose from" if delta.task_id is None else f"was made for task {delta.task_id}"
         raise InvalidArgument(f"task_id is {wanted.task_id}; this converted delta {its}, leave it out", field="task_id")
-    width = labelled(delta, backbone)
+    width = labelled(delta)
     if delta.head is not None and not width:
         for field in ("labels", "problem_type"):
             if getattr(wanted, field):
@@ -35,9 +35,9 @@ def as_wanted(delta: Delta, wanted: Wanted, backbone: BackboneSpec) -> Delta:
     )
 
 
-def labelled(delta: Delta, backbone: BackboneSpec) -> int:
+def labelled(delta: Delta) -> int:
     """How many labels it has: one for each output of its head, none where these are spans or choices."""
-    if delta.head is None or backbone.heads[delta.task].outputs is not None:
+    if delta.head is None or delta.task in OUTPUTS:
         return 0
     return delta.head.width
 
@@ -47,7 +47,7 @@ def _for_task(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
     if task not in CLASSIFIES:
         return dataclasses.replace(delta, task=task) if delta.head is None else _without_head(delta, task, backbone)
     spec = head_of(task, backbone)
-    mine = backbone.heads[delta.task] if delta.head is not None else None
+    mine = backbone.heads.get(delta.task) if _usual(delta, backbone) else None
     if mine is None or (mine.module, mine.layers) != (spec.module, spec.layers):
         raise BadCheckpoint(
             f"the delta is for {task.value}, and it holds no head {spec.module!r} for that; load it with the task that "
@@ -56,8 +56,17 @@ def _for_task(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
     return dataclasses.replace(delta, task=task, pooling=spec.read(delta.prompt is not None))
 
 
+def _usual(delta: Delta, backbone: BackboneSpec) -> bool:
+    """Whether its head is built as that of its family's class for the task, and reads what that does."""
+    spec = backbone.heads.get(delta.task)
+    if delta.head is None or spec is None or delta.pooling is not spec.read(delta.prompt is not None):
+        return False
+    return tuple(layer.activation for layer in delta.head.layers) == tuple(activation for _, activation in spec.layers)
+
+
 def _without_head(delta: Delta, task: Task, backbone: BackboneSpec) -> Delta:
-    warning = f"the head {backbone.heads[delta.task].module!r} is left out: the task is {task.value}"
+    usual = backbone.heads[delta.task].module if _usual(delta, backbone) else f"for {delta.task.value}"
+    warning = f"the head {usual!r} is left out: the task is {task.value}"
     made, kinds = delta.provenance, tuple(kind for kind in delta.kinds if kind != "head")
     if not kinds or not (delta.at or delta.prompt or delta.coupling):
         raise BadCheckpoint(f"it is nothing but a head, and the task {task.value} has none")
