@@ -82,7 +82,10 @@ class Settings(BaseSettings):
         description="A checkpoint whose lowering would take longer is refused: `deltaserve convert` does it ahead. "
         "0 refuses all that computes with whole weights.",
     )
-    allow_pickle_archives: bool = Field(False, description="Also read .bin checkpoints (weights only, bounded).")
+    allow_pickle_archives: bool = Field(
+        False,
+        description="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
+    )
 
     max_model_len: Count | None = Field(
         None, description="Tokens of one sequence; by default what the backbone can take."

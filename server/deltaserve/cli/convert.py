@@ -20,7 +20,12 @@ MODEL = "Backbone"
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The checkpoint's folder.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="The folder of a checkpoint, or of a setup of several.", show_default=False
+        ),
+    ],
     destination: Annotated[
         Path,
         typer.Argument(metavar="DESTINATION", help="A folder to be made; the server loads it.", show_default=False),
@@ -58,7 +63,9 @@ def convert(
     allow_pickle_archives: Annotated[
         bool,
         typer.Option(
-            "--allow-pickle-archives", help="Also read .bin checkpoints (weights only, bounded).", show_default=False
+            "--allow-pickle-archives",
+            help="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
+            show_default=False,
         ),
     ] = False,
     force: Annotated[

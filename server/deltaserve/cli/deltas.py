@@ -21,7 +21,10 @@ def load(
     name: Name,
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="The checkpoint's folder, relative to the server's --delta-root."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="The folder of a checkpoint, or of a setup of several, relative to the server's --delta-root.",
+        ),
     ],
     replace: Annotated[
         bool | None,

@@ -122,7 +122,7 @@ TaskId: TypeAlias = Annotated[
         min=0,
         max=(1 << 32) - 1,
         metavar="NUMBER",
-        help="Which task's delta to make of a checkpoint for several, from 0.",
+        help="Which task's delta to make of a checkpoint or a setup for several, from 0.",
         show_default="the only one",
     ),
 ]

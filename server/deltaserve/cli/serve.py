@@ -128,7 +128,7 @@ def serve(
         bool | None,
         typer.Option(
             "--allow-pickle-archives",
-            help="Also read .bin checkpoints (weights only, bounded).",
+            help="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
             show_default=False,
             rich_help_panel=DELTAS,
         ),
