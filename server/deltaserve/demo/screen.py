@@ -77,7 +77,7 @@ def table(to: Console, outcome: Outcome) -> None:
     by_name = {info.name: info for info in outcome.loaded}
     for answered in outcome.answers:
         told = [by_name[name] for name in answered.question.deltas]
-        kinds = ", ".join(dict.fromkeys(kind for each in told for kind in each.kinds))
+        kinds = "\n".join(", ".join(each.kinds) for each in told)
         taken = f"{told[0].device_bytes:,}" if len(told) == 1 else ""
         left = ("\n+ ".join(each.name for each in told), kinds, taken) if told else ("(bare backbone)", "", "")
         mark = Text("yes", "green") if answered.right else Text("NO", "bold red")

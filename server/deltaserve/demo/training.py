@@ -171,9 +171,9 @@ class Course:
 
         `skip` lets each delta show other sentences.
         """
-        telling = [each for each in examples if telling(each)]
-        marks = learning.marks(model, telling) if telling else []
-        right = [each for each, mark in zip(telling, marks, strict=True) if mark]
+        worth = [each for each in examples if telling(each)]
+        marks = learning.marks(model, worth) if worth else []
+        right = [each for each, mark in zip(worth, marks, strict=True) if mark]
         chosen = islice(cycle(right), skip, skip + min(count, len(right)))
         return tuple((" ".join(each.source), " ".join(each.target)) for each in chosen)
 
