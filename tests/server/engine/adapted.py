@@ -241,5 +241,6 @@ def check_generation(driver, model: PreTrainedModel, requests: Sequence[Request]
             expected.append(float(scores[token]))
             if delta is not None and int(logits(model, spec, request.ids, tokens[:count], None).argmax()) != token:
                 moved.add(request.delta.key)
+        # A log-probability is the difference of a logit and of a sum as large: five times the logits' share of itself.
         assert error_ratio(torch.tensor([told]), torch.tensor([expected])) <= 5e-5, delta and delta.at
     return moved
