@@ -12,8 +12,9 @@ from safetensors.torch import save
 
 from deltaserve.formats import folder as layouts
 from deltaserve.formats.adapterhub.configs import ARCHITECTURES
-from deltaserve.formats.folder import NATIVE, PEFT, Layout
+from deltaserve.formats.folder import NATIVE, OPENDELTA, PEFT, Layout
 from deltaserve.formats.native.record import PRIMITIVES
+from deltaserve.formats.opendelta import types as opendelta_types
 from deltaserve.formats.peft.types import TYPES
 
 
@@ -60,7 +61,13 @@ DTYPES = (
 )
 NUMBERS = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 0.0, 1.0, -1.0, 1e20)
 OPTIONS = sorted(
-    set().union(*(row.options.used | row.options.inert | set(row.options.refused) for row in TYPES.values()))
+    set().union(
+        *(
+            row.options.used | row.options.inert | set(row.options.refused)
+            for table in (TYPES, opendelta_types.TYPES)
+            for row in table.values()
+        )
+    )
 )
 
 
@@ -88,7 +95,8 @@ def removed_key(draw: st.DrawFn, files: Files) -> None:
 
 
 def other_type(draw: st.DrawFn, files: Files) -> None:
-    files.config["peft_type"] = draw(st.sampled_from(sorted(TYPES)))
+    key, table = ("delta_type", opendelta_types.TYPES) if files.layout == OPENDELTA else ("peft_type", TYPES)
+    files.config[key] = draw(st.sampled_from(sorted(table)))
 
 
 def reshaped(draw: st.DrawFn, files: Files) -> None:
@@ -246,5 +254,5 @@ HUB_SPOILS = (
     *(renamed, duplicated, removed, truncated, flipped, misdescribed, pickled),
 )
 HUB_LAYOUTS = (layouts.HUB, layouts.HUB_HEAD, layouts.HUB_FUSION, layouts.HUB_SETUP)
-SPOILED_BY = {PEFT: SPOILS, NATIVE: NATIVE_SPOILS, **dict.fromkeys(HUB_LAYOUTS, HUB_SPOILS)}
+SPOILED_BY = {PEFT: SPOILS, OPENDELTA: SPOILS, NATIVE: NATIVE_SPOILS, **dict.fromkeys(HUB_LAYOUTS, HUB_SPOILS)}
 TENSORLESS = (replaced_deep, removed_key, replaced_value, truncated, flipped)

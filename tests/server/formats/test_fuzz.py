@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opendeltas import all_made
 from safetensors.torch import load_file
 from spoils import SPOILED_BY, TENSORLESS, Files
 
@@ -29,7 +30,7 @@ from deltaserve.deltas.primitives import LowRank
 from deltaserve.errors import DeltaserveError
 from deltaserve.formats import folder as layouts
 from deltaserve.formats import native
-from deltaserve.formats.folder import NATIVE, PEFT, Layout
+from deltaserve.formats.folder import NATIVE, OPENDELTA, PEFT, Layout
 from deltaserve.formats.registry import read
 from deltaserve.formats.wanted import NOTHING_WANTED, Wanted
 from deltaserve.formats.weighed import Weighed
@@ -60,14 +61,29 @@ def whole(checkpoints: list[tuple[Backbone, Path, Wanted]]) -> list[Whole]:
 
 @pytest.fixture(scope="module")
 def converted(
-    checkpoints: list[tuple[Backbone, Path, Wanted]], tmp_path_factory: pytest.TempPathFactory
+    checkpoints: list[tuple[Backbone, Path, Wanted]],
+    backbones: Mapping[str, Backbone],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Whole]:
-    """The same, converted."""
+    """The same and OpenDelta's, converted."""
     place, found = tmp_path_factory.mktemp("converted"), []
-    for n, (backbone, folder, wanted) in enumerate(checkpoints):
+    others = [(backbones[m.family], m.write(place / f"of-{name}"), NOTHING_WANTED) for name, m in all_made(backbones)]
+    for n, (backbone, folder, wanted) in enumerate([*checkpoints, *others]):
         weights = Weighed(backbone.weights)
         native.write(read(folder, backbone.spec, weights, wanted), place / str(n), backbone.spec, weights)
         found.append(as_it_was(place / str(n), backbone, NOTHING_WANTED, NATIVE))
+    return found
+
+
+@pytest.fixture(scope="module")
+def opendelta(backbones: Mapping[str, Backbone], tmp_path_factory: pytest.TempPathFactory) -> list[Whole]:
+    """OpenDelta's of every method, and one that holds the whole model."""
+    place, found = tmp_path_factory.mktemp("opendelta"), []
+    for name, made in all_made(backbones):
+        found.append(as_it_was(made.write(place / name), backbones[made.family], NOTHING_WANTED, OPENDELTA))
+        if name == "adapter-bert":
+            made.whole = {f"bert.{n}": tensor.clone() for n, tensor in backbones["bert"].model.state_dict().items()}
+            found.append(as_it_was(made.write(place / "whole"), backbones["bert"], NOTHING_WANTED, OPENDELTA))
     return found
 
 
@@ -234,6 +250,12 @@ def test_many_spoilt_checkpoints(whole: list[Whole], watch: Watch) -> None:
 def test_spoilt_checkpoints_of_adapterhub(hub: list[Whole], watch: Watch, examples: int) -> None:
     outcomes = fuzz(hub, watch, examples)
     assert min(outcomes.values()) > examples // 20, outcomes
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("examples", [1000, pytest.param(6000, marks=pytest.mark.long)])
+def test_spoilt_checkpoints_of_opendelta(opendelta: list[Whole], watch: Watch, examples: int) -> None:
+    assert min(fuzz(opendelta, watch, examples).values()) > examples // 50
 
 
 @pytest.mark.timeout(600)
