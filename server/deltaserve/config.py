@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     )
     allow_pickle_archives: bool = Field(
         False,
-        description="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
+        description="Also read .bin checkpoints (weights only, bounded); AdapterHub's prefixes, OpenDelta's all.",
     )
 
     max_model_len: Count | None = Field(

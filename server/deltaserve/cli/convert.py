@@ -64,7 +64,7 @@ def convert(
         bool,
         typer.Option(
             "--allow-pickle-archives",
-            help="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
+            help="Also read .bin checkpoints (weights only, bounded); AdapterHub's prefixes, OpenDelta's all.",
             show_default=False,
         ),
     ] = False,

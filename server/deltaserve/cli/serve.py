@@ -128,7 +128,7 @@ def serve(
         bool | None,
         typer.Option(
             "--allow-pickle-archives",
-            help="Also read .bin checkpoints (weights only, bounded); AdapterHub saves prefixes in no other form.",
+            help="Also read .bin checkpoints (weights only, bounded); AdapterHub's prefixes, OpenDelta's all.",
             show_default=False,
             rich_help_panel=DELTAS,
         ),

@@ -207,9 +207,11 @@ SITES: Mapping[str, tuple[tuple[str, str, Tap], ...]] = {
         ("h.1", "mlp.c_proj", Tap.SUM),
         ("h.1.attn", "attn.c_proj", Tap.OUTPUT),
         ("h.1.mlp", "mlp.c_proj", Tap.OUTPUT),
+        ("h.1.ln_2", "ln_2", Tap.OUTPUT),
     ),
     "t5": (
         ("decoder.block.1", "layer.2.DenseReluDense.wo", Tap.SUM),
+        ("encoder.final_layer_norm", "final_layer_norm", Tap.OUTPUT),
         ("decoder.block.1.layer.1", "layer.1.EncDecAttention.o", Tap.SUM),
         ("decoder.block.1.layer.1.EncDecAttention", "layer.1.EncDecAttention.o", Tap.OUTPUT),
         ("decoder.block.1.layer.2.DenseReluDense", "layer.2.DenseReluDense.wo", Tap.OUTPUT),

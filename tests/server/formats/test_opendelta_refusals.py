@@ -121,9 +121,9 @@ BROKEN: Mapping[str, Told] = {
         FailedPrecondition,
     ),
     "two-layers": (Made(at(ADAPTER, "encoder"), adapter("encoder", Draw())), ("'bert.encoder'",), FailedPrecondition),
-    "norm-before": (
-        Made(at(ADAPTER, "h.0.ln_1"), adapter("h.0.ln_1", Draw()), "gpt2"),
-        ("ln_1", "linear layers"),
+    "function-alone": (
+        Made(at(ADAPTER, "layer.0.intermediate.intermediate_act_fn"), adapter("encoder.layer.0.intermediate.intermediate_act_fn", Draw())),
+        ("intermediate_act_fn", "linear layers"),
         FailedPrecondition,
     ),
     "rank-2": (

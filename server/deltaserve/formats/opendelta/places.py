@@ -50,6 +50,8 @@ def place(spec: BackboneSpec, module: str) -> Place:
     for sublayer in spec.sublayers:
         if sublayer.norm == module and sublayer.post:
             return Place(sublayer.last, Tap.NORMED, Tap.SUM)
+    if site is not None and site.type is SiteType.NORM and site.out_features == spec.hidden_size:
+        return Place(module, Tap.OUTPUT, Tap.OWN)
     for feeding, fed in _FEEDING.items():
         layer = module.removesuffix(f".{feeding}")
         if spec.family in _ENCODERS and layer != module and f"{layer}.{fed}" in spec.sites:
@@ -81,8 +83,8 @@ def pair(spec: BackboneSpec, first: str, second: str) -> Place:
 def not_there(module: str) -> FailedPrecondition:
     """The error for an adapter where none can stand."""
     return FailedPrecondition(
-        f"tensors stand below {shown(module)}; this release serves adapters on linear layers, on attentions and "
-        "feed-forwards, and on whole layers, where their norms and residuals are known",
+        f"tensors stand below {shown(module)}; this release serves adapters on linear layers and norms, on attentions "
+        "and feed-forwards, and on whole layers, where their norms and residuals are known",
         reason="OPTION_NOT_SERVED",
         metadata={"module": module[:200]},
     )
