@@ -122,7 +122,10 @@ BROKEN: Mapping[str, Told] = {
     ),
     "two-layers": (Made(at(ADAPTER, "encoder"), adapter("encoder", Draw())), ("'bert.encoder'",), FailedPrecondition),
     "function-alone": (
-        Made(at(ADAPTER, "layer.0.intermediate.intermediate_act_fn"), adapter("encoder.layer.0.intermediate.intermediate_act_fn", Draw())),
+        Made(
+            at(ADAPTER, "layer.0.intermediate.intermediate_act_fn"),
+            adapter("encoder.layer.0.intermediate.intermediate_act_fn", Draw()),
+        ),
         ("intermediate_act_fn", "linear layers"),
         FailedPrecondition,
     ),
