@@ -99,18 +99,19 @@ class Delta:
         return None if self.prompt is None else self.prompt.place
 
     @property
+    def gated(self) -> bool:
+        """Whether something is weighed by what all rows of a sequence come to."""
+        parts = (part for found in self.at.values() for part in found)
+        return any(isinstance(part, Bottleneck | Prefix) and part.gate is not None for part in parts)
+
+    @property
     def whole(self) -> bool:
         """Whether it needs all rows of a sequence in one forward: no cache of keys and values reproduces it."""
-        return any(_whole(primitive) for primitives in self.at.values() for primitive in primitives)
+        return self.gated or any(_edits_last(part) for found in self.at.values() for part in found)
 
 
-def _whole(primitive: SitePrimitive) -> bool:
-    match primitive:
-        case Bottleneck(gate=gate, positions=positions):
-            return gate is not None or (positions is not None and positions.last > 0)
-        case Prefix(gate=gate):
-            return gate is not None
-    return False
+def _edits_last(part: SitePrimitive) -> bool:
+    return isinstance(part, Bottleneck) and part.positions is not None and part.positions.last > 0
 
 
 def mapped(delta: Delta, fn: Callable[[torch.Tensor], torch.Tensor], bases: Bases | None = None) -> Delta:

@@ -24,6 +24,7 @@ from deltaserve.formats.weighed import Weighed
 HIDDEN, WIDE = 16, 25
 LAYER = "bert.encoder.layer.0"
 LAST, FIRST, ATTENTION = f"{LAYER}.output.dense", f"{LAYER}.intermediate.dense", f"{LAYER}.attention.self"
+FUSED, CHAIN = LAST.replace("0", "1"), f"{LAYER}.attention.output.dense"
 
 
 @pytest.fixture
@@ -89,8 +90,10 @@ def whole() -> Delta:
     return Delta(
         ("adapter", "prefix-tuning"),
         {
-            LAST: (full(), fused(), bottleneck(), Affine(shift=torch.randn(HIDDEN))),
+            LAST: (full(), Affine(shift=torch.randn(HIDDEN))),
+            FUSED: (fused(),),
             FIRST: (Bottleneck(torch.randn(2, WIDE), torch.randn(WIDE, 2), carry=None),),
+            CHAIN: tuple(Bottleneck(torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), carry=None) for _ in "ab"),
             ATTENTION: (gated,),
             ATTENTION.replace("0", "1"): (nothing,),
         },
@@ -150,7 +153,7 @@ def first(**changes: Any) -> Change:
 
 
 def fusion(**changes: Any) -> Change:
-    return told("at", LAST, 1, **changes)
+    return told("at", FUSED, 0, **changes)
 
 
 def cut(end: str) -> Change:
@@ -192,13 +195,14 @@ BROKEN: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "replaces-here": (told("at", FIRST, 0, replaces=True), ("replaces", "no sublayer", FIRST)),
     "carry-width": (told("at", FIRST, 0, carry="own"), ("'own'", "16", "25")),
     "at-an-embedding": (at_embedding, ("Bottleneck", "embedding", "LowRank")),
+    "replaces-early": (told("at", CHAIN, 0, replaces=True), (CHAIN, "replaces", "last")),
     "members": (fusion(members=[]), ("members", "empty")),
     "members-word": (fusion(members="all"), ("'members'", "a list")),
     "members-many": (fusion(members=[{}] * 2000), ("'members'", "a list of at most")),
-    "member": (cut("1 Fusion.members.1.down"), ("members.1.up", "[16, 3]", "[16, 2]")),
+    "member": (cut("0 Fusion.members.1.down"), ("members.1.up", "[16, 3]", "[16, 2]")),
     "member-type": (fusion(members=[5]), ("'members', entry 0", "an object")),
-    "query": (cut("1 Fusion.query"), ("Fusion.query", "[15, 16]", "[16, 16]")),
-    "key-bias": (cut("1 Fusion.key_bias"), ("Fusion.key_bias", "[15]")),
+    "query": (cut("0 Fusion.query"), ("Fusion.query", "[15, 16]", "[16, 16]")),
+    "key-bias": (cut("0 Fusion.key_bias"), ("Fusion.key_bias", "[15]")),
     "query-tap": (fusion(query_tap="own"), ("'own'", "25", "16")),
     "prefix-gate": (told("at", ATTENTION, 0, "gate", bias="nowhere"), ("'nowhere'", "missing")),
     "prefix-lengths": (cut("0 Prefix.values"), ("Prefix.values", "[1, 2, 8]", "[2, 2, 8]")),
@@ -209,6 +213,24 @@ BROKEN: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "coupling-half": (cut("Coupling.f.up"), ("coupling", "f.up", "[7, 3]", "[8, 3]")),
     "coupling-activation": (told("coupling", "g", activation="glow"), ("g.activation", "'glow'")),
 }
+
+
+@pytest.mark.parametrize("gated", ["adapter", "prefix"])
+def test_gates_are_for_encoders(gated: str, backbones: Mapping[str, Backbone], tmp_path: Path) -> None:
+    """Causal rows do not see the rows that a gate averages over."""
+    spec, weights = backbones["llama"].spec, backbones["llama"].weights
+    width = spec.hidden_size
+    gate = Gate(torch.randn(1, width))
+    if gated == "adapter":
+        at: Any = {spec.sublayers[0].last: (Bottleneck(torch.randn(3, width), torch.randn(width, 3), gate=gate),)}
+    else:
+        site = spec.sites[spec.prefix_sites[0]]
+        keys = torch.randn(2, site.kv_heads, site.head_dim)
+        at = {site.name: (Prefix(keys, keys, gate=gate),)}
+    delta = Delta((gated if gated == "adapter" else "prefix-tuning",), at, Task.GENERATION, whole().provenance)
+    native.write(delta, tmp_path / "gated", spec, Weighed(weights))
+    with pytest.raises(BadCheckpoint, match=r"gate.*encoder"):
+        read(tmp_path / "gated", spec, weights)
 
 
 @pytest.mark.parametrize("name", BROKEN)

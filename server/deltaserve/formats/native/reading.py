@@ -117,6 +117,9 @@ def _primitives(
     single = [type(each) for each in found if not isinstance(each, Adapter)]
     if not found or len(set(single)) < len(single):
         raise BadCheckpoint(f"{place} has nothing, or two primitives of one type")
+    adapters = [each for each in found if isinstance(each, Adapter)]
+    if any(each.replaces for each in adapters[:-1]):
+        raise BadCheckpoint(f"{place} has adapters behind one that replaces the stream; only the last of them may")
     return found
 
 
@@ -144,6 +147,8 @@ def _check_whole(delta: Delta, backbone: BackboneSpec) -> None:
     limit = backbone.max_positions
     if limit is not None and delta.prompt_length + delta.position_shift >= limit:
         raise BadCheckpoint(f"prompt and prefix leave no room for a text: this backbone has {limit} positions")
+    if delta.gated and "generate" in backbone.tasks:
+        raise BadCheckpoint("a gate averages over all rows of a sequence: it is for encoders, and this is none")
     _check_bases(delta)
     _check_invocation(delta, backbone)
     width = labelled(delta)
