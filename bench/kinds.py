@@ -10,9 +10,10 @@ from typing import Any
 import peft
 import torch
 
-from bench import deltas, shapes
+from bench import adapters, deltas, shapes
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.delta import Delta, mapped
+from deltaserve.deltas.sites import BackboneSpec
 from deltaserve.formats.registry import read
 
 PROMPT = 20
@@ -25,14 +26,16 @@ _NOISE = 0.02
 class Kind:
     """`config(tokens)` is PEFT's; `tokens` are ids that the inputs have. `at`: what it targets, for the reader.
 
-    `rows`: soft-prompt rows of each request. `headed`: it is made on the classifier, and has its head.
+    `rows`: soft-prompt rows of each request. `headed`: it is made on the classifier, and has its head. `make`: of kinds
+    that are no PEFT's, for a spec and a seed.
     """
 
     name: str
     at: str
-    config: Callable[[Sequence[int]], Any]
+    config: Callable[[Sequence[int]], Any] = lambda _: None
     rows: int = 0
     headed: bool = False
+    make: Callable[[BackboneSpec, int], Delta] | None = None
 
 
 def _tuner(name: str, word: str, at: str = EVERYWHERE, **told: Any) -> Kind:
@@ -76,19 +79,27 @@ ENCODED = (
     Kind("head", "pooled", lambda _: peft.LoraConfig(r=8), headed=True),
 )
 """What acts in no decode step."""
+ADAPTERS = tuple(
+    Kind(name, "sublayers" if name in ("houlsby", "compacter") else "feed-forward", make=make)
+    for name, make in adapters.MAKE.items()
+)
 TINY = tuple(kind for kind in MIX if kind.name in ("lora", "ia3", "ln-tuning", "boft"))
 """Those that a tiny backbone is wide enough for, one for each of a few primitives."""
 
 
 def of_kind(kind: Kind, backbone: Backbone, shape: str, count: int, tokens: Sequence[int], seed: int) -> list[Delta]:
-    """`count` deltas: one that PEFT made, and the same with its numbers times others, in memory of their own.
+    """`count` deltas: one that was made, by PEFT or by hand, and the same with its numbers times others.
 
-    They have what such deltas share (VeRA's projections) in common.
+    Each is in memory of its own; they have what such deltas share (VeRA's projections) in common.
     """
+    first = _first(kind, backbone, shape, tokens, seed) if kind.make is None else kind.make(backbone.spec, seed)
+    return [_times(first, 1 + number / count / 4) for number in range(count)]
+
+
+def _first(kind: Kind, backbone: Backbone, shape: str, tokens: Sequence[int], seed: int) -> Delta:
     with tempfile.TemporaryDirectory() as place:
         _save(kind, backbone, shape, tokens, seed, Path(place))
-        first = read(Path(place), backbone.spec, backbone.weights)
-        return [_times(first, 1 + number / count / 4) for number in range(count)]
+        return read(Path(place), backbone.spec, backbone.weights)
 
 
 def _times(delta: Delta, factor: float) -> Delta:

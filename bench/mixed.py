@@ -67,7 +67,7 @@ def cases(*, quick: bool = False, tiny: bool = False) -> tuple[Case, ...]:
     """`tiny` is for trying the bench out, not for figures: a few kinds."""
     bert, llama = ("tiny-bert", "tiny-llama") if tiny else ("bert-base", "llama-24")
     few = 2 if tiny else 3 if quick else None
-    alone = kinds.TINY if tiny else (*kinds.MIX, *kinds.ALONE)
+    alone = (*(kinds.TINY if tiny else (*kinds.MIX, *kinds.ALONE)), *kinds.ADAPTERS)
     mix = kinds.TINY if tiny else kinds.MIX
     return tuple(
         Case(shape, work, tokens, "float32", few or rounds, chosen)
