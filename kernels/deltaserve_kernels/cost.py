@@ -10,8 +10,11 @@ import torch
 
 from deltaserve_kernels.affine import AffineTable
 from deltaserve_kernels.block import BlockTable
+from deltaserve_kernels.bottleneck import BottleneckTable
 from deltaserve_kernels.dense import DenseTable
+from deltaserve_kernels.fusion import FusionTable
 from deltaserve_kernels.lowrank import LowRankTable
+from deltaserve_kernels.ownnorm import NormTable
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.rows import RowsTable
 from deltaserve_kernels.slots import Entry, SlotTable
@@ -65,6 +68,45 @@ def low_rank(rowmap: RowMap, table: LowRankTable, size: int, split: int = 1) -> 
             products + (2 * rows * rank * rank if inner is not None and inner.ndim == 2 else 0),
         )
     return total + _deltas(rowmap, table)
+
+
+def bottleneck(rowmap: RowMap, table: BottleneckTable, size: int, split: int = 1) -> Cost:
+    """y += gate · (scale · f(u Downᵀ + down_bias) Upᵀ + up_bias), y and gates in fp32, u of `size` bytes an element.
+
+    A norm in front is `own_norm`'s, of u in fp32.
+    """
+    total = NOTHING
+    for rows, entry in _users(rowmap, table):
+        down, up = entry.tensors[:2]
+        assert down is not None and up is not None
+        width, inputs, outputs = int(down.shape[0]), int(down.shape[1]), int(up.shape[0])
+        hidden = rows * width * _FP32 * split
+        total += Cost(
+            rows * (inputs * size + outputs * _FP32 + _FP32) + hidden,
+            rows * outputs * _FP32 + hidden,
+            2 * rows * width * (inputs + outputs),
+        )
+    return total + _deltas(rowmap, table)
+
+
+def own_norm(rowmap: RowMap, table: NormTable) -> Cost:
+    """(y − mean) / √(var + eps) ⊙ weight + bias in place, y in fp32."""
+    total = NOTHING
+    for rows, entry in _users(rowmap, table):
+        weight = entry.tensors[0]
+        assert weight is not None
+        moved = rows * int(weight.shape[0])
+        total += Cost(moved * _FP32, moved * _FP32, 7 * moved)
+    return total + _deltas(rowmap, table)
+
+
+def fusion(rowmap: RowMap, table: FusionTable, width: int, size: int) -> Cost:
+    """y += (Σ_k p_k u_k) Valueᵀ, y and u_k in fp32, what asks of `size` bytes an element; without keys of slots."""
+    total = dense(rowmap, table.query, size) + dense(rowmap, table.value, _FP32)
+    for rows, entry in _users(rowmap, table):
+        row, count, valued = rows * width * _FP32, int(entry.scalars[0]), entry.tensors[3] is not None
+        total += Cost(row * (1 + count + (not valued)), row, 4 * rows * width * count)
+    return total
 
 
 def dense(rowmap: RowMap, table: DenseTable, size: int) -> Cost:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltaserve_kernels import affine, block, cost, dense, embed, lowrank, rows, sparse
+from deltaserve_kernels import affine, block, bottleneck, cost, dense, embed, fusion, lowrank, ownnorm, rows, sparse
 from deltaserve_kernels.attention import PrefixTable, RelativeBias, Sequence, Sequences, attend
 from deltaserve_kernels.cost import Cost
 from deltaserve_kernels.dispatch import Implementation, forced
@@ -229,6 +229,42 @@ def _low_rank(scene: Scene) -> Run:
     return _added(scene, y, lambda into: lowrank.apply(into, x, scene.rowmap, table)), costs
 
 
+def _bottleneck(scene: Scene) -> Run:
+    def make(slot: int) -> Made:
+        width = (1, 7, 0, 40, 3)[slot]
+        biases = (scene.normal(width), scene.normal(OUT)) if slot != 1 else (None, None)
+        return (scene.normal(width, IN), scene.normal(OUT, width), *biases), (0.5, float(slot))
+
+    table = scene.table(bottleneck.BottleneckTable(5, CPU), make)
+    u, y = scene.x(IN), scene.y(OUT)
+    costs = cost.bottleneck(scene.rowmap, table, scene.dtype.itemsize, LOW_RANK.choose(scene.rowmap).split)
+    return _added(scene, y, lambda into: bottleneck.apply(into, u, scene.rowmap, table)), costs
+
+
+def _own_norm(scene: Scene) -> Run:
+    table = scene.table(ownnorm.NormTable(5, CPU), lambda _: ((scene.normal(OUT), scene.normal(OUT)), (1e-5,)))
+    y = scene.y(OUT)
+    return _added(scene, y, lambda into: ownnorm.apply(into, scene.rowmap, table)), cost.own_norm(scene.rowmap, table)
+
+
+def _fusion(scene: Scene) -> Run:
+    """Members beyond a slot's are NaN, and there are more than any slot has."""
+    counts = (1, 2, 0, 3, 2)
+
+    def make(slot: int) -> Made:
+        asks = (scene.normal(OUT, OUT) / OUT, scene.normal(OUT)) if slot != 1 else (None, None)
+        return (*asks, None, scene.normal(OUT, OUT) if slot != 3 else None), (float(counts[slot]),)
+
+    table = scene.table(fusion.FusionTable(5, CPU), make)
+    t, y, members = scene.x(OUT), scene.y(OUT), torch.full((scene.rowmap.rows, 4, OUT), float("nan"))
+    for run in scene.rowmap.runs:
+        members[run.start : run.stop, : counts[run.slot]] = torch.randn(run.rows, counts[run.slot], OUT) / OUT
+    held = scene.pages.whole(members)
+    scene.watch.given.append(held)
+    costs = cost.fusion(scene.rowmap, table, OUT, scene.dtype.itemsize)
+    return _added(scene, y, lambda into: fusion.apply(into, t, held, scene.rowmap, table)), costs
+
+
 def _shared_base(scene: Scene) -> Run:
     table = lowrank.LowRankTable(5, CPU)
     a, b = scene.pages.rows(scene.normal(6, IN)), scene.pages.rows(scene.normal(OUT, 6))
@@ -348,6 +384,9 @@ def _added(scene: Scene, y: torch.Tensor, run: Callable[[torch.Tensor], None]) -
 OPS: dict[str, Op] = {
     "low rank": _low_rank,
     "low rank, shared base": _shared_base,
+    "bottleneck": _bottleneck,
+    "norm of its own": _own_norm,
+    "fusion": _fusion,
     "dense": _dense,
     "rows of outputs": _outputs,
     "sparse": _sparse,

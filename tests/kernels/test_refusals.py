@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deltaserve_kernels import affine, block, dense, lowrank, rows, sparse
+from deltaserve_kernels import affine, block, bottleneck, dense, fusion, lowrank, ownnorm, rows, sparse
 from deltaserve_kernels.dispatch import Implementation, forced
 from deltaserve_kernels.gpu.lowrank import MOST_RANK
 from deltaserve_kernels.rowmap import RowMap
@@ -21,6 +21,13 @@ PLACES = torch.tensor([[0, 3], [4, 2]], dtype=torch.int32)
 Call = Callable[[torch.Tensor, torch.Tensor, RowMap, SlotTable], object]
 KERNELS: dict[str, tuple[type[SlotTable], tuple[torch.Tensor | None, ...], tuple[float, ...], Call]] = {
     "lowrank": (lowrank.LowRankTable, (torch.ones(2, IN), torch.ones(OUT, 2), None, None), (1.0,), lowrank.apply),
+    "bottleneck": (
+        bottleneck.BottleneckTable, (torch.ones(2, IN), torch.ones(OUT, 2), torch.ones(2), torch.ones(OUT)), (1.0, 1.0),
+        bottleneck.apply,
+    ),
+    "norm": (
+        ownnorm.NormTable, (torch.ones(OUT), torch.ones(OUT)), (1e-5,), lambda y, _, m, t: ownnorm.apply(y, m, t),
+    ),
     "dense": (dense.DenseTable, (torch.ones(OUT, IN), None), (0.0,), dense.apply),
     "rows": (rows.RowsTable, (INDEX, torch.ones(2, IN)), (), rows.replace_outputs),
     "sparse": (sparse.SparseTable, (PLACES, torch.ones(2)), (), sparse.apply),
@@ -52,7 +59,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "3 rows; the map has 4": lambda t: t[:3],
     "8 rows; the map has 4": lambda t: torch.cat((t, t)),
 }
-READS = {"affine out": "y", "affine in": "x", "block": "x"}
+READS = {"norm": "y", "affine out": "y", "affine in": "x", "block": "x"}
 """The others read both."""
 
 
@@ -63,7 +70,7 @@ def only(side: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 @pytest.mark.parametrize(("name", "side"), [(name, side) for name in KERNELS for side in READS.get(name, "xy")])
 @pytest.mark.parametrize("said", list(CHANGES))
 def test_rows_that_cannot_be_read(name, side, said):
-    with pytest.raises(ValueError, match=f"^({side}|out): .*{re.escape(said)}"):
+    with pytest.raises(ValueError, match=f"^({side}|out|u): .*{re.escape(said)}"):
         call(name, only(side, CHANGES[said]))
 
 
@@ -85,6 +92,15 @@ ENTRIES = {
     "inner: of slot 1, shape (3,)": ("lowrank", (torch.ones(2, IN), torch.ones(OUT, 2), torch.ones(3), None)),
     "inner: of slot 1, shape (2, 3)": ("lowrank", (torch.ones(2, IN), torch.ones(OUT, 2), torch.ones(2, 3), None)),
     "outer: of slot 1, shape (9,)": ("lowrank", (torch.ones(2, IN), torch.ones(OUT, 2), None, torch.ones(9))),
+    "down: of slot 1, shape (2, 11)": ("bottleneck", (torch.ones(2, IN - 1), torch.ones(OUT, 2), None, None)),
+    "up: of slot 1, shape (8, 3)": ("bottleneck", (torch.ones(2, IN), torch.ones(OUT, 3), None, None)),
+    "down_bias: of slot 1, shape (3,)": (
+        "bottleneck", (torch.ones(2, IN), torch.ones(OUT, 2), torch.ones(3), None),
+    ),
+    "up_bias: of slot 1, dtype torch.int8": (
+        "bottleneck", (torch.ones(2, IN), torch.ones(OUT, 2), None, torch.ones(OUT, dtype=torch.int8)),
+    ),
+    "bias: of slot 1, shape (9,)": ("norm", (torch.ones(OUT), torch.ones(OUT + 1))),
     "weight: of slot 1, shape (8, 11)": ("dense", (torch.ones(OUT, IN - 1), None)),
     "weight: of slot 1, dtype torch.int8": ("dense", (torch.ones(OUT, IN, dtype=torch.int8), None)),
     "weight: slot 1 has none": ("dense", (None, torch.ones(OUT))),
@@ -131,6 +147,38 @@ def test_what_is_refused_is_refused_again_and_changes_nothing(name):
         assert torch.equal(y, before)
         table.drop(2)
         run(y, x, rowmap, table)
+
+
+def fused(**changed: torch.Tensor) -> None:
+    table = fusion.FusionTable(SLOTS, CPU)
+    table.put(1, (None, None, None, None), (2.0,))
+    given = {"y": torch.ones(4, OUT), "t": torch.ones(4, OUT), "members": torch.ones(4, 2, OUT)} | changed
+    with forced(Implementation.TRITON):
+        fusion.apply(*given.values(), RowMap.of([(1, 3), (-1, 1)], CPU), table)
+
+
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        ("c|y: dtype torch.float64", {"y": torch.ones(4, OUT).double()}),
+        ("asked: 3 rows; the map has 4", {"t": torch.ones(3, OUT)}),
+        (r"(keys|members): torch.float32 \(3, 2, 8\)", {"members": torch.ones(3, 2, OUT)}),
+        (r"(keys|members): torch.float16 \(4, 2, 8\)", {"members": torch.ones(4, 2, OUT).half()}),
+    ],
+)
+def test_what_a_fusion_cannot_read(said, changed):
+    fused()
+    with pytest.raises(ValueError, match=f"^({said})"):
+        fused(**changed)
+
+
+def test_gates_are_one_number_a_row():
+    make, tensors, scalars, run = KERNELS["bottleneck"]
+    table = make(SLOTS, CPU)
+    table.put(1, tensors, scalars)
+    for gates in (torch.ones(3), torch.ones(4).half(), torch.ones(4, 1)):
+        with forced(Implementation.TRITON), pytest.raises(ValueError, match=r"^gates: "):
+            run(torch.ones(4, OUT), torch.ones(4, IN), RowMap.of([(1, 4)], CPU), table, gates)
 
 
 @pytest.mark.long
