@@ -41,12 +41,12 @@ def fusion(spec: BackboneSpec, seed: int) -> Delta:
     random = torch.Generator().manual_seed(seed + 1)
 
     def square() -> torch.Tensor:
-        return torch.randn(wide, wide, generator=random) * wide**-0.5
+        return torch.randn(wide, wide, generator=random).mul_(0.02)
 
     def fused(sub: Sublayer, make: Callable[..., Bottleneck]) -> Fusion:
         members = tuple(make(input=_stream(sub), activation="relu") for _ in range(MEMBERS))
         query, bias = folded(square(), torch.randn(wide, generator=random) * 0.02, square())
-        return Fusion(members, query, bias, value=square(), query_tap=_stream(sub))
+        return Fusion(members, query, bias, value=square() + torch.eye(wide), query_tap=_stream(sub))
 
     return _fed_forward("fusion", spec, seed, fused)
 
