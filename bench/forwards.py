@@ -48,7 +48,7 @@ def encode(pair: Twins, requests: int, tokens: int, seed: int, prompt: int = 0) 
             ref = None if bare else DeltaRef(slot, f"d{slot}@1", ("prompt-tuning",), prompt_length=prompt)
             own = tuple(row if bare else row[prompt:])
             request = Request(f"r{number}", Job.EMBED, own, delta=ref, pooling=Pooling.MEAN)
-            chunks.append(Chunk(_running(pair.ours, request, slot), 0, prompt + tokens))
+            chunks.append(Chunk(running(pair.ours, request, slot), 0, prompt + tokens))
         return planner.layout(Batch((), tuple(chunks))).plan
 
     def ours(plan: Plan) -> torch.Tensor:
@@ -81,13 +81,13 @@ def decode(pair: Twins, requests: int, context: int, seed: int) -> Forwards:
             theirs[dtype].update(*(piece.to(dtype, copy=True) for piece in pieces), layer)
 
     def plan(slots: Sequence[int]) -> Plan:
-        running = []
+        decoding = []
         for number, (slot, row) in enumerate(zip(slots, ids.tolist(), strict=True)):
             request = Request(f"r{number}", Job.GENERATE, tuple(row[:-1]), sampling=Sampling(max_new_tokens=8))
-            sequence = _running(ours_, request, slot)
+            sequence = running(ours_, request, slot)
             sequence.computed, sequence.output, sequence.self_start = context, [row[-1]], number * room
-            running.append(sequence)
-        return planner.layout(Batch(tuple(running), ())).plan
+            decoding.append(sequence)
+        return planner.layout(Batch(tuple(decoding), ())).plan
 
     def ours(plan: Plan) -> torch.Tensor:
         return ours_.logits(plan, ours_.forward(plan))
@@ -109,7 +109,7 @@ def decode(pair: Twins, requests: int, context: int, seed: int) -> Forwards:
 _keys = itertools.count(1)
 
 
-def _running(backbone: Backbone, request: Request, slot: int) -> Running:
+def running(backbone: Backbone, request: Request, slot: int) -> Running:
     """A sequence that the engine would have admitted; slot −1 is bare."""
     place = None if slot < 0 else Resident(next(_keys), f"d{slot}@1", slot, 0, 0, ("lora",), pins=1)
     return Running(request, lambda _: None, backbone.family.shape, 0.0, place=place)

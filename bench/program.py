@@ -1,6 +1,7 @@
 """The commands of `python -m bench`."""
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,16 +85,21 @@ def micro(
 @app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Folder for the rows.")],
-    device: Annotated[str, typer.Option(help="cuda, cuda:n; cpu tries this command out.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda, cuda:n; cpu tries this command out, in an interpreter.")] = "cuda",
     minutes: Annotated[float, typer.Option(help="Nothing is begun after this time.")] = 7.0,
     tiny: Tiny = False,
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """All that needs a GPU in one go: are kernels and engine right there, and how fast. Exits with 2 without one."""
+    """All that needs a GPU in one go: are kernels and engine right there, and how fast, beside what is possible.
+
+    Exits with 2 without one, unless --tiny, which then runs on the CPU: to try this out, not for figures.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        console.print("no GPU that torch can use: nothing was run (--device cpu tries this command out)")
-        raise typer.Exit(2)
+        if not tiny:
+            console.print("no GPU that torch can use: nothing was run (--tiny tries this command out)")
+            raise typer.Exit(2)
+        device = "cpu"
     place = _start(device, threads)
     rows: list[Row] = []
     for row in on_gpu.run(place, seed, minutes * 60, tiny=tiny):
@@ -120,11 +126,10 @@ def aot(
     unknown = [name for name in wanted if name not in ahead.CHIPS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(ahead.CHIPS)}", param_hint="--chips")
-    kernels = list(variants())
     found = []
     with screen.progress(console) as bar:
         for chip in wanted:
-            for kernel in bar.track(kernels, description=chip):
+            for kernel in bar.track(list(variants(chip)), description=chip):
                 found.append(ahead.compiled(ahead.CHIPS[chip], kernel))
     made = origin(0, torch.device("cpu"))
     ahead.write(out, found, {"commit": made.commit, "date": made.date})
@@ -132,6 +137,34 @@ def aot(
     wrong = [one for one in found if one.objection]
     console.print(f"{len(found)} kernels compiled, {len(wrong)} not as they should be; table in {out}")
     raise typer.Exit(bool(wrong))
+
+
+@app.command()
+def tune(
+    out: Annotated[Path | None, typer.Option(help="File for the table; left out, the package's own.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:n; cpu tries this command out, in an interpreter.")] = "cuda",
+    minutes: Annotated[float, typer.Option(help="Nothing is tried after this time.")] = 5.0,
+    tiny: Tiny = False,
+    seed: Seed = 0,
+) -> None:
+    """Which tiles each kernel takes on this chip: neighbours of those it takes are tried until none is faster."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        if not tiny:
+            console.print("no GPU that torch can use: nothing was tuned (--tiny tries this command out)")
+            raise typer.Exit(2)
+        device = "cpu"
+    if device == "cpu" and out is None:
+        raise typer.BadParameter("what an interpreter finds is no table for the package", param_hint="--out")
+    from bench import tune as tuning
+
+    place = _start(device, None)
+    torch.manual_seed(seed)
+    tables = tuning.tuned(place, time.monotonic() + minutes * 60, tiny=tiny, say=console.print)
+    file = out or tuning.PACKAGED
+    file.write_text(tuning.written(tables))
+    console.print(
+        f"tiles of {tuning.architecture(place)} in {file}; python -m bench aot says whether others compile them"
+    )
 
 
 @app.command()

@@ -3,22 +3,18 @@
 Nothing here is measured: figures of chips are their makers', bytes and operations are counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
 
 from bench import scale, shapes
+from bench.primitives import FULL, WORKS, primitives
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.sites import SiteType
-from deltaserve_kernels import affine, block, cost, dense, lowrank, sparse
-from deltaserve_kernels.attention import Sequence, Sequences
-from deltaserve_kernels.attention.cost import cost as attention_cost
 from deltaserve_kernels.cost import Cost
-from deltaserve_kernels.rowmap import RowMap
-from deltaserve_kernels.slots import SlotTable
 
 META = torch.device("meta")
 
@@ -59,92 +55,19 @@ def chip_of(name: str) -> Chip | None:
     return next((chip for told, chip in CHIPS.items() if told in name), None)
 
 
-WIDTH, RANK, BLOCK = 4096, 16, 32
-DENSITY = 0.01
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-_LOWRANK_SPLIT = 8
-
-
-@dataclass(frozen=True)
-class Work:
-    """Requests of so many rows each, over `distinct` deltas; decoding, each has `context` tokens in the cache."""
-
-    name: str
-    requests: int
-    rows: int
-    distinct: int
-    context: int = 0
-
-    @property
-    def rowmap(self) -> RowMap:
-        slots = sorted(number % self.distinct for number in range(self.requests))
-        return RowMap.of([(slot, self.rows) for slot in slots], META)
-
-    @property
-    def sequences(self) -> Sequences:
-        length = self.context + self.rows
-        return Sequences(
-            tuple(
-                Sequence(n * self.rows, self.rows, self.context, n * length, length, n % self.distinct, True)
-                for n in range(self.requests)
-            ),
-            causal=True,
-        )
-
-
-WORKS = (
-    Work("decode 32, 32 deltas", 32, 1, 32, 1023),
-    Work("decode 32, 1 delta", 32, 1, 1, 1023),
-    Work("prefill 8 × 256, 8 deltas", 8, 256, 8),
-)
-
-
-def primitives(work: Work) -> Mapping[str, Cost]:
-    """Of one site WIDTH wide in bfloat16, deltas in bfloat16; of one attention of an 8 B Llama."""
-    rowmap, size = work.rowmap, 2
-    slots = range(work.distinct)
-
-    def filled(table: SlotTable, tensors: Callable[[], tuple[torch.Tensor, ...]], *scalars: float) -> SlotTable:
-        for slot in slots:
-            table.put(slot, tensors(), scalars)
-        return table
-
-    def half(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=META)
-
-    places = int(WIDTH * WIDTH * DENSITY)
-    low = filled(lowrank.LowRankTable(64, META), lambda: (half(RANK, WIDTH), half(WIDTH, RANK)), 1.0)
-    whole = filled(dense.DenseTable(64, META), lambda: (half(WIDTH, WIDTH), half(WIDTH)), 0.0)
-    few = filled(
-        sparse.SparseTable(64, META), lambda: (torch.empty(2, places, dtype=torch.int32, device=META), half(places))
-    )
-    turns = filled(block.BlockTable(64, META), lambda: (half(WIDTH // BLOCK, BLOCK, BLOCK),))
-    vectors = filled(affine.AffineTable(64, META), lambda: (half(WIDTH), half(WIDTH), half(WIDTH)))
-    return {
-        "linear (the backbone's)": cost.linear(rowmap.rows, WIDTH, WIDTH, size),
-        f"low rank, r {RANK}": cost.low_rank(rowmap, low, size, _LOWRANK_SPLIT),  # type: ignore[arg-type]
-        "affine, in": cost.scale_input(rowmap, vectors, size),  # type: ignore[arg-type]
-        "affine, out": cost.scale_output(rowmap, vectors),  # type: ignore[arg-type]
-        "dense": cost.dense(rowmap, whole, size),  # type: ignore[arg-type]
-        f"sparse, {DENSITY:.0%}": cost.sparse(rowmap, few, WIDTH, size),  # type: ignore[arg-type]
-        f"block, b {BLOCK}": cost.block(rowmap, turns, WIDTH, size),  # type: ignore[arg-type]
-        "embed": cost.looked_up(rowmap.rows, WIDTH, size),
-        "attention": attention_cost(work.sequences, HEADS, KV_HEADS, HEAD_DIM, size),
-    }
-
-
 def table_of_primitives() -> Table:
     shown = Table(
-        title=f"One site of width {WIDTH} in bfloat16: least bytes and operations, and a chip's time at best",
+        title=f"One site of width {FULL.width} in bfloat16: least bytes and operations, and a chip's time at best",
         title_justify="left",
     )
     for name in ("work", "primitive", "MB", "GFLOP", *(f"{name}, µs" for name in CHIPS), "bound by"):
         shown.add_column(name, justify="left" if name in ("work", "primitive", "bound by") else "right")
     for work in WORKS:
-        for name, told in primitives(work).items():
+        for one in primitives(work, FULL, META, torch.bfloat16):
+            told = one.cost
             times = (f"{chip.seconds(told, torch.bfloat16) * 1e6:.2f}" for chip in CHIPS.values())
             bound = CHIPS["H200"].bound(told, torch.bfloat16)
-            shown.add_row(work.name, name, f"{told.moved / 1e6:.3f}", f"{told.flops / 1e9:.4f}", *times, bound)
+            shown.add_row(work.name, one.name, f"{told.moved / 1e6:.3f}", f"{told.flops / 1e9:.4f}", *times, bound)
         shown.add_section()
     return shown
 
@@ -171,7 +94,9 @@ def limit(backbone: Backbone, deltas: list[Delta], requests: int, context: int) 
     """
     used = [deltas[number % len(deltas)] for number in range(requests)] if deltas else []
     once = {id(delta): delta for delta in used}.values()
-    own = sum(delta.nbytes - _prefix_bytes(delta) for delta in once) + sum(_prefix_bytes(delta) for delta in used)
+    sizes = {id(delta.at): (delta.nbytes, _prefix_bytes(delta)) for delta in {id(d.at): d for d in used}.values()}
+    own = sum(sizes[id(delta.at)][0] - sizes[id(delta.at)][1] for delta in once)
+    own += sum(sizes[id(delta.at)][1] for delta in used)
     shared = {key: base.numel() * base.element_size() for delta in once for key, base in delta.bases.items()}
     spec, size = backbone.spec, backbone.dtype.itemsize
     cached = sum(2 * spec.sites[name].kv_heads * spec.sites[name].head_dim for name in backbone.cached_sites)
@@ -212,7 +137,8 @@ def table_of_limits() -> Table:
     for shape in LARGE:
         backbone = shapes.large(shape, torch.bfloat16, META)
         for kind in (*scale.KINDS, scale.MIXED):
-            few = scale.several(kind, len(scale.KINDS), backbone.spec, META, torch.bfloat16)
+            each_kind = len(scale.KINDS) if kind == scale.MIXED else 1
+            few = scale.several(kind, each_kind, backbone.spec, META, torch.bfloat16)
             made = [replace(few[number % len(few)]) for number in range(max(COUNTS))]
             each = sum(delta.nbytes for delta in few) / len(few)
             kept = (f"{limit(backbone, made[:count], count, CONTEXT).kept:.3f}" for count in COUNTS)

@@ -35,6 +35,24 @@ def times(rows: Iterable[Row], keys: Sequence[str], title: str) -> Table:
     return table
 
 
+def kept(rows: Iterable[Row], keys: Sequence[str], title: str) -> Table:
+    """Each figure beside its limit; MB are those of the deltas, or of the copies, on the device."""
+    table = Table(title=title, title_justify="left")
+    for key in keys:
+        table.add_column(key)
+    for name in ("ms", "kept", "quartiles", "limit", "of it", "MB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        assert row.seconds is not None and row.ratio is not None
+        limit = ("", "") if row.limit is None else (f"{row.limit:.3f}", f"{row.ratio.median / row.limit:.0%}")
+        table.add_row(
+            *(str(row.parameters.get(key, "")) for key in keys), f"{row.seconds.median * 1e3:.2f}",
+            f"{row.ratio.median:.3f}", f"{row.ratio.low:.3f}–{row.ratio.high:.3f}", *limit,
+            "" if row.nbytes is None else f"{row.nbytes / 1e6:.1f}",
+        )  # fmt: skip
+    return table
+
+
 def checks(rows: Iterable[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("what", "parameters", "outcome", "error", "limit", "note"):
@@ -54,7 +72,13 @@ def _measured(row: Row) -> tuple[str, str, str, str, str]:
     ratio = row.ratio or Spread(float("nan"), float("nan"), float("nan"), 0)
     error = _number(row.error_ratio) + (" WRONG" if row.outcome == "wrong" else "")
     told = "" if row.nbytes is None else f"{row.nbytes / 1e6:.1f}"
-    return (f"{row.seconds.median * 1e3:.1f}", f"{ratio.median:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", error, told)
+    return (
+        f"{row.seconds.median * 1e3:.{1 if row.seconds.median > 1e-2 else 3}f}",
+        f"{ratio.median:.2f}",
+        f"{ratio.low:.2f}–{ratio.high:.2f}",
+        error,
+        told,
+    )
 
 
 def _number(value: float | None) -> str:

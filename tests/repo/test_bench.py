@@ -60,7 +60,7 @@ def test_micro(root: Path, tmp_path: Path) -> None:
 
 def test_counted_costs_and_limits(root: Path) -> None:
     """32 LoRA of rank 16 at all linears are 2.68 GB beside 15.0 GB of weights and 2.1 GB of keys and values."""
-    done = bench(root, "micro", "--model")
+    done = bench(root, "micro", "--model", seconds=110)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
     limits = {(row[0], row[1]): row[2:] for row in cells if row[0].startswith("llama")}
@@ -79,14 +79,52 @@ def test_gpu_says_that_there_is_none(root: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
-def test_gpu_entry_on_the_cpu(root: Path, tmp_path: Path) -> None:
-    done = bench(root, "gpu", "--device", "cpu", "--tiny", "--threads", "1", "--out", str(tmp_path))
+@pytest.mark.timeout(300)
+def test_tiles_are_tuned(root: Path, tmp_path: Path) -> None:
+    """In an interpreter, whose times mean nothing: each kernel runs with neighbours of its tiles."""
+    file = tmp_path / "tuning.json"
+    done = bench(root, "tune", "--tiny", "--out", str(file), seconds=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = {row["name"]: row["outcome"] for row in rows(tmp_path / "gpu.jsonl")}
-    assert outcomes["gpu.op"] == outcomes["gpu.engine"] == "right"
-    assert outcomes["gpu.graphs"] == "not yet"
-    assert outcomes["micro.decode"] == "measured"
+    packaged = json.loads((root / "kernels/deltaserve_kernels/gpu/tuning.json").read_text())
+    found = json.loads(file.read_text())
+    splits: dict[str, list[int]] = {}
+    for name, chips in packaged.items():
+        own = found[name].pop("interpreted")
+        assert found[name] == chips
+        assert [one["most"] for one in own] == [one["most"] for one in chips["default"]]
+        splits[name] = [one["tiles"]["split"] for one in own]
+        assert [one["tiles"]["m"] for one in own] == [one["tiles"]["m"] for one in chips["default"]]
+    assert splits["activated"] == splits["low rank"]
+    assert done.stdout.count(" tried, ") == 8
+    without = bench(root, "tune")
+    assert without.returncode == 2 and without.stdout.startswith("no GPU")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_gpu_entry_on_the_cpu(root: Path, tmp_path: Path) -> None:
+    """All of it, in sizes for an interpreter."""
+    done = bench(root, "gpu", "--tiny", "--threads", "1", "--minutes", "60", "--out", str(tmp_path), seconds=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(tmp_path / "gpu.jsonl")
+    outcomes = {
+        name: {row["outcome"] for row in found if row["name"] == name} for name in {row["name"] for row in found}
+    }
+    assert outcomes.pop("gpu.graphs") == {"not yet"}
+    assert outcomes.pop("gpu.op") == outcomes.pop("gpu.engine") == {"right"}
+    assert set(outcomes) == {"gpu.primitive", "retention.decode", "retention.prefill", "micro.encode", "micro.decode"}
+    assert all(outcome == {"measured"} for outcome in outcomes.values()), outcomes
+    kept = [row for row in found if row["name"] == "retention.decode" and row["limit"] is not None]
+    assert {row["parameters"]["kind"] for row in kept} >= {
+        "LoRA r8",
+        "LoRA r64",
+        "adapter 64",
+        "prefix 32",
+        "BitFit",
+        "IA3",
+    }
+    assert all(0 < row["limit"] < 1 and row["nbytes"] > 0 for row in kept)
+    assert done.stdout.rindex("What is kept") > done.stdout.rindex("One forward of 8 requests")
 
 
 def test_readme_quotes_the_results(root: Path) -> None:

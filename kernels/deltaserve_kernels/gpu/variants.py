@@ -34,23 +34,24 @@ class Variant:
     """Arguments that are multiples of 16 at real sizes, pointers among them."""
 
 
-def variants() -> Iterator[Variant]:
-    """bfloat16 and float32 rows, with deltas in bfloat16 and float32: what servers run.
+def variants(architecture: str | None = None) -> Iterator[Variant]:
+    """Of one chip, or of all that have tiles of their own: bfloat16 and float32 rows, with
+    deltas in bfloat16 and float32, which is what servers run.
 
     What deltas add to a linear is summed in float32, whatever its rows are, and adapters read those sums.
     """
     for rows, weights in itertools.product(_DTYPES, _DTYPES):
-        yield from _shrink(rows, weights)
-        yield from _dense(rows, weights)
+        yield from _shrink(rows, weights, architecture)
+        yield from _dense(rows, weights, architecture)
     for weights in _DTYPES:
-        yield from _expand(weights)
+        yield from _expand(weights, architecture)
     for rows in (torch.bfloat16, torch.float32):
         yield from _affine(rows)
-        yield from _block(rows, torch.float32)
+        yield from _block(rows, torch.float32, architecture)
         yield _sparse(rows)
         yield from _embed(rows)
         yield from _attention(rows)
-    yield from _turns()
+    yield from _turns(architecture)
     yield _pick()
     yield _norm()
     yield _fusion()
@@ -66,8 +67,8 @@ def _products(rows: torch.dtype, weights: torch.dtype) -> Mapping[str, Any]:
     return {"HALF": on_tensor_cores(rows, weights), "PRECISION": precision(weights)}
 
 
-def _shrink(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
-    for t in LOW_RANK.all():
+def _shrink(rows: torch.dtype, weights: torch.dtype, architecture: str | None) -> Iterator[Variant]:
+    for t in LOW_RANK.all(architecture):
         yield Variant(
             f"shrink m{t.m} {rows}/{weights}".replace("torch.", ""), lowrank.shrink,
             {"x": _POINTERS[rows], **_SHARED, "x_stride": "i32", **_NUMBERS},
@@ -77,8 +78,8 @@ def _shrink(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _expand(weights: torch.dtype) -> Iterator[Variant]:
-    for t, bottleneck in ((t, table is ACTIVATED) for table in (LOW_RANK, ACTIVATED) for t in table.all()):
+def _expand(weights: torch.dtype, architecture: str | None) -> Iterator[Variant]:
+    for t, bottleneck in ((t, table is ACTIVATED) for table in (LOW_RANK, ACTIVATED) for t in table.all(architecture)):
         yield Variant(
             f"expand{' bottleneck' if bottleneck else ''} m{t.m} {weights}".replace("torch.", ""), lowrank.expand,
             {"y": "*fp32", **_SHARED, "gates": "*fp32", "y_stride": "i32", **_NUMBERS},
@@ -88,8 +89,8 @@ def _expand(weights: torch.dtype) -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _dense(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
-    for t in DENSE.all():
+def _dense(rows: torch.dtype, weights: torch.dtype, architecture: str | None) -> Iterator[Variant]:
+    for t in DENSE.all(architecture):
         yield Variant(
             f"dense m{t.m} {rows}/{weights}".replace("torch.", ""), dense.dense,
             {"y": "*fp32", "x": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
@@ -111,8 +112,8 @@ def _affine(rows: torch.dtype) -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _block(rows: torch.dtype, weights: torch.dtype) -> Iterator[Variant]:
-    for t in BLOCK.all():
+def _block(rows: torch.dtype, weights: torch.dtype, architecture: str | None) -> Iterator[Variant]:
+    for t in BLOCK.all(architecture):
         yield Variant(
             f"block m{t.m} {rows}/{weights}".replace("torch.", ""), block.block,
             {"x": _POINTERS[rows], "out": _POINTERS[rows], "order": "*i64", "tiles": "*i32", "board": "*i64",
@@ -151,8 +152,8 @@ def _pick() -> Variant:
     )  # fmt: skip
 
 
-def _turns() -> Iterator[Variant]:
-    for t in LOW_RANK.all():
+def _turns(architecture: str | None) -> Iterator[Variant]:
+    for t in LOW_RANK.all(architecture):
         yield Variant(
             f"turn m{t.m}", lowrank.turn,
             {"tiles": "*i32", "board": "*i64", "planes": "*fp32", "turned": "*fp32", "plane": "i32", "ranks": "i32"},

@@ -51,7 +51,7 @@ def test_a_decode_step_waits_for_its_tokens_alone(pair, sampling, waits, monkeyp
             request = Request(
                 f"r{number}", Job.GENERATE, (5, 6, 7, 8, 9, 10), sampling=Sampling(max_new_tokens=8, seed=1, **sampling)
             )
-            sequence = forwards._running(pair.ours, request, number)
+            sequence = forwards.running(pair.ours, request, number)
             sequence.computed, sequence.output, sequence.self_start = 6, [11], number * 7
             sequences.append(sequence)
         runner = Runner(pair.ours)
@@ -95,7 +95,7 @@ def test_what_kernels_ask_for_is_made_ahead_from_the_second_forward_on(pair):
             batch = []
             for number, slot in enumerate(slots):
                 request = Request(f"r{number}", Job.GENERATE, (5, 6, 7, 8, 9, 10), sampling=Sampling(max_new_tokens=8))
-                sequence = forwards._running(pair.ours, request, slot)
+                sequence = forwards.running(pair.ours, request, slot)
                 sequence.computed, sequence.output, sequence.self_start = 6, [11], number * 7
                 batch.append(sequence)
             plan = planner.layout(Batch(tuple(batch), ())).plan
