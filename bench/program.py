@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
+from bench import copies as full_copies
 from bench import gpu as on_gpu
 from bench import micro as forward_costs
 from bench import mixed as kind_costs
@@ -19,6 +20,7 @@ from bench import roofline, screen
 from bench.origin import ROOT, origin
 from bench.quiet import wait_for_quiet
 from bench.rows import Row, write
+from deltaserve.app.machine import free_memory
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -31,11 +33,15 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 
 _LORAS = "one forward of 8 requests ÷ transformers' own, medians of rounds"
 _KINDS = "one forward of 32 requests for 16 deltas ÷ the bare backbone's on as many rows, medians of rounds"
+_COPIES = "requests of several tasks in a closed loop ÷ deltaserve's time for the same, medians of rounds"
 
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Tiny backbones: to try the bench out, not for figures.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.", show_default="torch's own")]
 Seed = Annotated[int, typer.Option(help="Of weights, inputs and orders.")]
+
+Wait = Annotated[float, typer.Option(min=0, help="Minutes that a case waits at most until others are idle.")]
+Only = Annotated[str, typer.Option(help="Cases whose name has this in it; the others' rows stay.")]
 
 
 @app.command()
@@ -44,10 +50,10 @@ def micro(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:n.")] = "cpu",
     quick: Quick = False,
     tiny: Tiny = False,
-    wait: Annotated[float, typer.Option(min=0, help="Minutes that a case waits at most until others are idle.")] = 0,
+    wait: Wait = 0,
     threads: Threads = None,
     seed: Seed = 0,
-    only: Annotated[str, typer.Option(help="Cases whose name has this in it; the others' rows stay.")] = "",
+    only: Only = "",
     model: Annotated[bool, typer.Option("--model", help="Only count bytes, operations and limits.")] = False,
 ) -> None:
     """The cost of a packed forward: bare, with deltas that no row uses, with a LoRA for each request; of each kind."""
@@ -78,6 +84,38 @@ def micro(
     for own, keys, title in ((rows[:split], forward_costs.KEYS, _LORAS), (rows[split:], kind_costs.KEYS, _KINDS)):
         if own:
             console.print(screen.times(own, keys, title))
+    console.print(f"{len(rows)} rows in {out}")
+    raise typer.Exit(any(row.outcome == "wrong" for row in rows))
+
+
+@app.command()
+def copies(
+    out: Annotated[Path, typer.Option(help="File for the rows.")] = RESULTS / "copies.jsonl",
+    quick: Annotated[bool, typer.Option("--quick", help="A telling part, in some three minutes.")] = False,
+    tiny: Tiny = False,
+    wait: Wait = 0,
+    threads: Threads = None,
+    seed: Seed = 0,
+    only: Only = "",
+    room: Annotated[int | None, typer.Option(help="Bytes for copies.", show_default="60 % of free memory")] = None,
+) -> None:
+    """The same tasks by one deltaserve, by a full fine-tuned copy each, by one copy that swaps weights, by PEFT."""
+    place = _start("cpu", threads)
+    room = int(full_copies.SHARE * free_memory()) if room is None else room
+    work = [case for case in full_copies.cases(room, quick=quick, tiny=tiny) if only in str(case)]
+    if not work:
+        raise typer.BadParameter(f"no case has {only!r} in its name", param_hint="--only")
+    rows: list[Row] = []
+    with screen.progress(console) as bar:
+        for case in work:
+            if wait:
+                wait_for_quiet(wait * 60)
+            task = bar.add_task(str(case), total=case.rounds * len(full_copies.variants(case)))
+            rows += full_copies.run(case, room, seed, partial(bar.advance, task))
+            write(out, rows, origin(seed, place), keep=bool(only))
+            if not console.is_terminal:
+                console.print(f"done: {case}; others kept {rows[-1].others:.2f} cores busy")
+    console.print(screen.times(rows, full_copies.KEYS, _COPIES))
     console.print(f"{len(rows)} rows in {out}")
     raise typer.Exit(any(row.outcome == "wrong" for row in rows))
 
@@ -169,7 +207,7 @@ def tune(
 
 @app.command()
 def report(
-    file: Annotated[Path, typer.Argument(help="Rows of micro.")] = RESULTS / "micro.jsonl",
+    file: Annotated[Path, typer.Argument(help="Rows of micro, or of copies.")] = RESULTS / "micro.jsonl",
     readme: Annotated[bool, typer.Option("--readme", help="Put them into the README.")] = False,
 ) -> None:
     """Results as the Markdown that the README quotes."""

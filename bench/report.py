@@ -5,10 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import micro
+from bench import against, micro
 from bench.quiet import QUIET
 
-BEGIN, END = "<!-- python -m bench report --readme -->", "<!-- end of the report -->"
+MARKS = {
+    "micro": ("<!-- python -m bench report --readme -->", "<!-- end of the report -->"),
+    "copies": ("<!-- python -m bench report bench/results/copies.jsonl --readme -->", "<!-- end of copies -->"),
+}
+"""Where in the README the rows of a bench are quoted: between these two."""
 COLUMNS = {
     micro.EMPTY: "no delta resident",
     micro.BARE: "8 LoRA resident, unused",
@@ -18,11 +22,18 @@ COLUMNS = {
 
 
 def table(file: Path) -> str:
-    """The forwards of `micro` as ratios, each table with a line on where it was measured."""
+    """The rows of a bench as ratios, each table with a line on where it was measured."""
     rows = list(_rows(file))
+    of_copies = [row for row in rows if row["name"] == against.NAME]
+    if of_copies:
+        return _copies(of_copies)
     parts = [_loras([row for row in rows if row["name"].startswith("micro.")])]
     of_kinds = [row for row in rows if row["name"].startswith("kinds.")]
     return "\n\n".join(parts + ([_kinds(of_kinds)] if of_kinds else []))
+
+
+def _copies(rows: Sequence[dict[str, Any]]) -> str:
+    return f"{_markdown(against.lines(rows))}\n\nMedians over rounds; {_where(rows)}."
 
 
 def _loras(rows: Sequence[dict[str, Any]]) -> str:
@@ -69,11 +80,13 @@ def _where(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def quote(readme: Path, file: Path) -> None:
-    """Puts the table between the two marks."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    """Puts the table between the two marks of its bench."""
+    bench = against.NAME if any(row["name"] == against.NAME for row in _rows(file)) else "micro"
+    first, last = MARKS[bench]
+    before, begin, rest = readme.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{readme} has not both marks, {BEGIN} and {END}")
+        raise ValueError(f"{readme} has not both marks, {first} and {last}")
     readme.write_text(f"{before}{begin}\n\n{table(file)}\n\n{end}{after}")
 
 
@@ -86,5 +99,5 @@ def _work(told: dict[str, Any]) -> str:
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        if row["ratio"] is not None:
+        if row["ratio"] is not None or row["outcome"] == "left out":
             yield row

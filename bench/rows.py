@@ -31,8 +31,8 @@ class Row:
 
     `seconds` is the time of one run; `ratio` that time over the one of the variant `against` in the same round, so what
     slows the whole machine for a while is in both; what is kept of a speed is the inverse, and `limit` what can be kept
-    at most. `error_ratio` compares results with a reference and is right up to
-    `limit`. `nbytes`: of the deltas on the device, together. `others`: cores that other processes kept busy meanwhile.
+    at most. `error_ratio` compares results with a reference and is right up to `limit`. `nbytes`: of the deltas on the
+    device, or of the models that stand for them, together. `others`: cores that other processes kept busy meanwhile.
     `note` says why a row is left out.
     """
 

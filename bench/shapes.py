@@ -101,6 +101,16 @@ def large(shape: str, dtype: torch.dtype, device: torch.device) -> Backbone:
     return Backbone(name=shape, family=family, model=model.eval().requires_grad_(False), tokenizer=None)
 
 
+def nbytes(shape: str, dtype: torch.dtype) -> int:
+    """Of the weights of one model, tied ones once; none is made."""
+    config = SHAPES[shape]()
+    with torch.device("meta"):
+        model = _model(family_of(config, shape).loader, config, dtype, "sdpa")
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def sharing(shape: str, ours: Backbone, headed: bool = False) -> PreTrainedModel:
     """transformers' own model over the weights of `ours`, with torch's fused attention; `headed`, as a classifier."""
     with no_init_weights():

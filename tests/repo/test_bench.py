@@ -25,6 +25,10 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+TINY_BERT = 85760
+"""Bytes of its weights."""
+
+
 @pytest.mark.timeout(300)
 def test_micro(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "micro.jsonl"
@@ -56,6 +60,34 @@ def test_micro(root: Path, tmp_path: Path) -> None:
     report = bench(root, "report", str(file))
     assert report.returncode == 0, report.stderr
     assert f"| {MIXED} |" in report.stdout and "| boft | all linears |" in report.stdout
+
+
+def test_copies(root: Path, tmp_path: Path) -> None:
+    """Room for five copies of the tiny BERT: for six tasks there are none, and the row says so."""
+    file = tmp_path / "copies.jsonl"
+    done = bench(root, "copies", "--tiny", "--threads", "1", "--room", str(TINY_BERT * 5), "--out", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {tuple(row["parameters"][key] for key in ("work", "kind", "variant")): row for row in rows(file)}
+    served = {"bare backbone", "deltaserve", "one copy, weights swapped"}
+    of_copies, of_peft = {"copies in turn", "copies side by side"}, {"PEFT, mixed batch", "PEFT, set_adapter"}
+    loras = {variant for work, kind, variant in found if (work, kind) == ("encode", "LoRA")}
+    assert loras == served | of_copies | of_peft
+    assert {kind for _, kind, _ in found} == {"LoRA", "mixed"}
+    for (_, _, variant), row in found.items():
+        if row["outcome"] == "left out":
+            assert variant in of_copies and row["seconds"] is None and "copies fit" in row["note"]
+            continue
+        assert row["outcome"] == "measured" and set(row["seconds"]) == set(row["ratio"]) == MEASURED
+        if variant not in {"bare backbone", "one copy, weights swapped"}:
+            assert row["error_ratio"] <= row["limit"] == 1e-5
+    assert found["encode", "LoRA", "copies in turn"]["nbytes"] == 5 * TINY_BERT
+    assert found["encode", "mixed", "copies in turn"]["note"].startswith("5 of 6 copies fit")
+    assert found["encode", "mixed", "deltaserve"]["outcome"] == "measured"
+    report = bench(root, "report", str(file))
+    assert report.returncode == 0, report.stderr
+    lines = [line for line in report.stdout.splitlines() if line.startswith("| tiny-bert ")]
+    assert len(lines) == 2
+    assert "5 of 6 fit" in lines[1] and "5 of 6 fit" not in lines[0]
 
 
 def test_counted_costs_and_limits(root: Path) -> None:
