@@ -44,7 +44,7 @@ class Scope:
 def scopes(*, tiny: bool) -> tuple[Scope, ...]:
     kinds = (*scale.KINDS, scale.MIXED)
     if tiny:
-        few = tuple(Case("decode", 4, 4, kind, 6) for kind in kinds)
+        few = tuple(Case("decode", 2, 2, kind, 6) for kind in kinds)
         return (Scope("tiny-llama", (*few, Case("prefill", 2, 2, "LoRA r8", 5)), 1),)
     decode = [Case("decode", 32, 32, kind, 512) for kind in kinds]
     decode += [Case("decode", batch, batch, kind, 512) for kind in ("LoRA r16", scale.MIXED) for batch in (1, 8, 128)]
@@ -108,7 +108,7 @@ class _Room:
                 Variant(COPIES, lambda: self._run(alone)),
             ]
             assert bool(torch.isfinite(self._run(own)).all()), f"{case}: what it computes is not finite"
-            seconds = interleaved(variants, self._scope.rounds, device, 0)
+            seconds = interleaved(variants, self._scope.rounds, device, 0, warm=self._scope.rounds > 1)
         finally:
             for slot, delta in enumerate(deltas):
                 backbone.remove(slot, delta)
