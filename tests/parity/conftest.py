@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from methods import cases, covering
+from oracle import Oracle
 from reference import Prepared, prepare
+from versus import BESIDE, FEW, Versus
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +62,21 @@ def launched(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         time.sleep(0.1)
     process.kill()
     raise AssertionError(f"the server was not ready in time:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def versus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Versus]]:
+    """`versus(library, family, names)` is an engine with these recorded cases in it, or with all; made once."""
+    made: dict[tuple[str, str, tuple[str, ...] | None], Versus] = {}
+
+    def make(library: str, family: str, names: tuple[str, ...] | None = None) -> Versus:
+        key = library, family, names
+        if key not in made:
+            oracle = Oracle(library, family)
+            chosen = [name for name in oracle.cases if names is None or name in names]
+            made[key] = Versus(oracle, tmp_path_factory.mktemp(family), chosen, BESIDE if names is None else FEW)
+        return made[key]
+
+    yield make
+    for each in made.values():
+        each.stop()

@@ -75,9 +75,10 @@ class Driven:
     def stop(self) -> None:
         self.engine.drain(0)
 
-    def lower(self, name: str, wanted: Wanted = NOTHING_WANTED) -> int:
+    def lower(self, name: str, wanted: Wanted = NOTHING_WANTED, allow_pickle: bool = False) -> int:
         """Reads the checkpoint of a name and publishes it; returns its bytes on the device."""
-        return self.publish(name, read(self.folder / name, self.backbone.spec, self.backbone.weights, wanted))
+        spec, weights = self.backbone.spec, self.backbone.weights
+        return self.publish(name, read(self.folder / name, spec, weights, wanted, allow_pickle=allow_pickle))
 
     def publish(self, name: str, delta: Delta) -> int:
         self.deltas[name] = delta
@@ -89,7 +90,7 @@ class Driven:
             return None
         delta = self.deltas[name]
         known = delta.kinds, delta.prompt_length, delta.position_shift, delta.invocation
-        return DeltaRef(self._keys[name], f"{name}@1", *known)
+        return DeltaRef(self._keys[name], f"{name}@1", *known, delta.prompt_place, delta.whole)
 
     def answers(self, requests: Sequence[Request], arrivals: Sequence[int] = ()) -> list[Answer]:
         """What each request gets; number i joins after `arrivals[i]` steps, or sooner where nothing else runs."""

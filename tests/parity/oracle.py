@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make.recorded import ORACLES, backbone
 from safetensors.torch import load_file
-
-HERE = Path(__file__).parent / "oracles"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +28,10 @@ class Oracle:
 
     def __init__(self, library: str, family: str) -> None:
         self.library, self.family = library, family
-        self._place = HERE / library
+        self._place = ORACLES / library
         table: dict[str, dict[str, dict[str, Any]]] = json.loads((self._place / f"{family}.json").read_text())
         self.cases, self.cannot = table["cases"], table["cannot"]
-        self.backbone = HERE / "backbones" / family
+        self.backbone = backbone(library, family)
         self._tensors = load_file(self._place / f"{family}.safetensors")
 
     def answers(self, name: str) -> list[Recorded]:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from adapters import composition
 from make.adapterhub_cases import ENCODERS, FAMILIES, PICKLED, SEQ2SEQ, Case, cases
-from make.recorded import MOVED, ORACLES, RELOADED, Answer, Recorder, greedy, ratio, said, seed, texts, versions
+from make.recorded import MOVED, RELOADED, Answer, Recorder, backbone, greedy, ratio, said, seed, texts, versions
 
 AUTO = {"bert": "AutoModel", "roberta": "AutoModel", "t5": "AutoModelForSeq2SeqLM", "flan-t5": "AutoModelForSeq2SeqLM"}
 ATTENTION = {"attn_implementation": "eager", "dtype": torch.float32}
@@ -31,9 +31,9 @@ class Lost(Exception):
     """A library's checkpoint does not hold what its model had."""
 
 
-def backbone(family: str, case: Case | None) -> Any:
+def fresh(family: str, case: Case | None) -> Any:
     """A fresh model that takes adapters. BERT's are the library's own class, whose names begin with `bert.`."""
-    folder = ORACLES / "backbones" / family
+    folder = backbone("adapterhub", family)
     if case is not None and case.static is not None:
         known: dict[str, Any] = {"num_labels": 3, **ATTENTION}
         model = getattr(transformers, f"AutoModelFor{case.static}").from_pretrained(folder, **known)
@@ -74,7 +74,7 @@ def drawn(model: Any, old: set[int], name: str) -> None:
 def build(family: str, case: Case) -> tuple[Any, Any]:
     """The model of a case and what is active in it."""
     transformers.set_seed(seed(case.name))
-    model = backbone(family, case)
+    model = fresh(family, case)
     old = {id(parameter) for parameter in model.parameters()}
     if case.static is not None:
         old -= {id(p) for n, p in model.named_parameters() if n.startswith(("classifier", "score"))}
@@ -121,7 +121,7 @@ def save(case: Case, model: Any, active: Any, folder: Path) -> str:
 def load(family: str, case: Case, folder: Path, kind: str) -> Any:
     """A fresh backbone into which the library itself loaded a checkpoint."""
     transformers.set_seed(1)
-    model = backbone(family, case)
+    model = fresh(family, case)
     told = {"set_active": True, "use_safetensors": kind == "safetensors"}
     if case.block is None:
         headed = case.head is not None or case.static is not None
@@ -182,9 +182,9 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
     # The first forward may be what a shape is wrong in, so it comes before the saving.
     asked = texts(f"{family}/{case.name}", 1 if how == "generate" else TEXTS)
     before = [answer(family, how, model, ids) for ids in asked]
+    kind = save(case, model, active, folder)
     if case.fused is not None and case.fused.get("temperature"):
         raise Lost("the temperature is lower after each forward, and is not saved")
-    kind = save(case, model, active, folder)
     loaded = load(family, case, folder, kind)
     answers = [answer(family, how, loaded, ids) for ids in asked]
     off = max(ratio(a[1], b[1]) for a, b in zip(answers, before, strict=True))
@@ -204,7 +204,7 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
 
 def column(family: str) -> Recorder:
     recorder = Recorder("adapterhub", family)
-    model, asked = backbone(family, None), texts(f"{family}/bare", 2)
+    model, asked = fresh(family, None), texts(f"{family}/bare", 2)
     how = "hidden" if family in ENCODERS else "generate"
     recorder.answered("bare", asked, [answer(family, how, model, ids) for ids in asked])
     with tempfile.TemporaryDirectory() as place:

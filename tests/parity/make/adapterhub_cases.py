@@ -226,7 +226,7 @@ HEADED: Mapping[str, tuple[Case, ...]] = {
         _headed("head_prefix", SINGLE["prefix_flat"], "classification", "classify", **LABELS),
         _headed("head_tagging", PAR, "tagging", "tokens", num_labels=5),
         _headed("head_qa", SEQ, "qa", "spans"),
-        _headed("head_mlm", SEQ, "masked_lm", "tokens"),
+        _headed("head_mlm", SEQ, "masked_lm", "hidden"),
         Case("head_static", {"a": SEQ}, static="SequenceClassification", reading="classify"),
         Case("head_static_tagging", {"a": LORA}, static="TokenClassification", reading="tokens"),
     ),
@@ -262,12 +262,16 @@ HOOKED_TOO = (
     "par_bn_ln_after", "noreft",
 )  # fmt: skip
 LESS: Mapping[str, tuple[str, ...]] = {
-    "t5": ("fusion_three", "fusion_value_after", "fusion_query_before_ln", "fusion_static", "merge_bn", "merge_lora"),
-    "gpt2": ("fusion_value_after", "merge_bn"),
+    "t5": (
+        "fusion_three", "fusion_value_after", "fusion_query_before_ln", "fusion_static", "fusion_temperature",
+        "merge_bn", "merge_lora",
+    ),
+    "gpt2": ("fusion_value_after", "fusion_temperature", "merge_bn"),
     "llama": (
         "fusion_three", "fusion_value_after", "fusion_static", "fusion_query_before_ln", "fusion_residual_before",
-        "seq_bn_gelu", "seq_bn_gelu_new", "seq_bn_tanh", "compacter_own_factor_rule", "compacter_full_w",
-        "compacter_rank2", "compacter_factor_rule", "average_bn_raw", "merge_bn", "merge_lora", "stack_seq_par",
+        "fusion_temperature", "seq_bn_gelu", "seq_bn_gelu_new", "seq_bn_tanh", "compacter_own_factor_rule",
+        "compacter_full_w", "compacter_rank2", "compacter_factor_rule", "average_bn_raw", "merge_bn", "merge_lora",
+        "stack_seq_par",
     ),
 }  # fmt: skip
 """What another family of the same kind covers, and would make the files larger."""

@@ -6,6 +6,8 @@ transformers reads alike.
 
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -19,9 +21,16 @@ LATER = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "layer
 """Keys that one version writes and another reads otherwise."""
 
 
+OWN: Mapping[str, tuple[str, Mapping[str, Any]]] = {"opendelta-llama": ("llama", {"attention_bias": False})}
+"""What one library needs otherwise: OpenDelta's transformers knows no biases in Llama's attention."""
+
+
 def write(name: str) -> None:
-    family, folder = FAMILIES[name], ORACLES / "backbones" / name
-    model = getattr(transformers, family.auto).from_config(family.config())
+    of, changed = OWN.get(name, (name, {}))
+    family, folder = FAMILIES[of], ORACLES / "backbones" / name
+    given = family.config()
+    given.update(dict(changed))
+    model = getattr(transformers, family.auto).from_config(given)
     drawn(model, SEED)
     model.tie_weights()
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +47,7 @@ def write(name: str) -> None:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(SEED)
-    for name in sys.argv[1:] or NAMES:
+    for name in sys.argv[1:] or (*NAMES, *OWN):
         write(name)
 
 

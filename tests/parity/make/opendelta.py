@@ -18,7 +18,7 @@ from unittest.mock import MagicMock
 
 import torch
 import transformers
-from make.recorded import MOVED, ORACLES, RELOADED, Answer, Recorder, greedy, ratio, said, seed, texts, versions
+from make.recorded import MOVED, RELOADED, Answer, Recorder, backbone, greedy, ratio, said, seed, texts, versions
 
 ABSENT = ("DeltaCenter", "web", "rich", "rich.tree", "turtle")
 """What OpenDelta imports for its downloads and pictures; not all of it can be installed any more."""
@@ -107,11 +107,11 @@ CASES = (
 )
 
 
-def backbone(family: str, headed: bool = False) -> Any:
+def fresh(family: str, headed: bool = False) -> Any:
     auto = "AutoModelForSequenceClassification" if headed else AUTO.get(family, "AutoModelForCausalLM")
     told = {"num_labels": 3} if headed else {}
     transformers.set_seed(seed(family))  # two backbones have one head
-    return getattr(transformers, auto).from_pretrained(ORACLES / "backbones" / family, **told).eval()
+    return getattr(transformers, auto).from_pretrained(backbone("opendelta", family), **told).eval()
 
 
 def drawn(model: Any, name: str) -> None:
@@ -134,7 +134,7 @@ def drawn(model: Any, name: str) -> None:
 
 def build(family: str, case: Case) -> tuple[Any, Any]:
     """A backbone with a delta in it, and the delta."""
-    model = backbone(family, case.head)
+    model = fresh(family, case.head)
     told = dict(case.told)
     if family in case.at:
         told["modified_modules"] = list(case.at[family])
@@ -182,10 +182,10 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
     if not torch.load(folder / "pytorch_model.bin", weights_only=True):
         recorder.refuse(case.name, "the checkpoint is empty", folder)
         return
-    fresh = backbone(family, case.head)
-    bare = [answer(family, how, fresh, ids) for ids in asked]
-    opendelta.AutoDeltaModel.from_finetuned(str(folder), backbone_model=fresh, check_hash=False)
-    answers = [answer(family, how, fresh.eval(), ids) for ids in asked]
+    loaded = fresh(family, case.head)
+    bare = [answer(family, how, loaded, ids) for ids in asked]
+    opendelta.AutoDeltaModel.from_finetuned(str(folder), backbone_model=loaded, check_hash=False)
+    answers = [answer(family, how, loaded.eval(), ids) for ids in asked]
     off = max(ratio(a[1], b[1]) for a, b in zip(answers, before, strict=True))
     if not off <= RELOADED:
         recorder.refuse(case.name, f"the reloaded delta differs from the saved one: {off:.1e}", folder)
@@ -198,7 +198,7 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
 
 def column(family: str) -> Recorder:
     recorder = Recorder("opendelta", family)
-    model, asked = backbone(family), texts(f"{family}/bare", 2)
+    model, asked = fresh(family), texts(f"{family}/bare", 2)
     how = "hidden" if family in ENCODERS else "generate"
     recorder.answered("bare", asked, [answer(family, how, model, ids) for ids in asked])
     with tempfile.TemporaryDirectory() as place:

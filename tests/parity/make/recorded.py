@@ -35,6 +35,12 @@ Logits = Callable[[list[int], list[int]], torch.Tensor]
 """`logits(ids, tokens)` of a whole forward over the input and what was generated: [rows, vocabulary]."""
 
 
+def backbone(library: str, family: str) -> Path:
+    """The folder of a family's backbone, or of the one that a library needs otherwise."""
+    own = ORACLES / "backbones" / f"{library}-{family}"
+    return own if own.is_dir() else ORACLES / "backbones" / family
+
+
 def seed(name: str) -> int:
     return SEED + 31 * sum(place * ord(letter) for place, letter in enumerate(name, 1)) % 1_000_003
 
