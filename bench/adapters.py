@@ -36,16 +36,16 @@ def parallel(spec: BackboneSpec, seed: int) -> Delta:
 
 
 def fusion(spec: BackboneSpec, seed: int) -> Delta:
-    """Over Pfeiffer's adapters, the key in the query: arXiv 2005.00247."""
+    """Over Pfeiffer's adapters, the key in the query: arXiv 2005.00247. Small ones: no member takes all of a row."""
     wide = spec.hidden_size
     random = torch.Generator().manual_seed(seed + 1)
 
     def square() -> torch.Tensor:
-        return torch.randn(wide, wide, generator=random).mul_(0.02)
+        return torch.randn(wide, wide, generator=random).mul_(0.01)
 
     def fused(sub: Sublayer, make: Callable[..., Bottleneck]) -> Fusion:
         members = tuple(make(input=_stream(sub), activation="relu") for _ in range(MEMBERS))
-        query, bias = folded(square(), torch.randn(wide, generator=random) * 0.02, square())
+        query, bias = folded(square(), torch.randn(wide, generator=random) * 0.01, square())
         return Fusion(members, query, bias, value=square() + torch.eye(wide), query_tap=_stream(sub))
 
     return _fed_forward("fusion", spec, seed, fused)

@@ -137,9 +137,7 @@ class Group:
             return
         members = y.new_zeros(y.shape[0], len(self.members), y.shape[1])
         for number, table in enumerate(self.members):
-            made = torch.zeros_like(y)
-            bottleneck.apply(made, view.read(form.inputs[number], form.norm), rowmap, table)
-            members[:, number] = made
+            bottleneck.apply(members[:, number], view.read(form.inputs[number], form.norm), rowmap, table)
         if form.members_carry and form.carry is not None:
             members.add_(view.read(form.carry, form.norm).unsqueeze(1), alpha=form.carry_scale)
         assert form.query is not None
