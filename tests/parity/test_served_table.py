@@ -2,6 +2,7 @@
 
 import pytest
 import served
+import served_recorded
 from families import FAMILIES
 from methods import cases
 
@@ -32,6 +33,11 @@ def test_column_is_not_stale(written: str, tmp_path: object) -> None:
 
 def test_nothing_that_is_served_differs(written: str) -> None:
     assert served.DIFFERS not in {sign for family in FAMILIES for sign in served.marks(written, family).values()}
+
+
+def test_part_of_the_recorded_libraries_is_not_stale(written: str) -> None:
+    with served.quiet():
+        assert written.endswith("\n\n" + served_recorded.part()), "run python tests/parity/served_recorded.py"
 
 
 @pytest.mark.long

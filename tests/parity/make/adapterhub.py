@@ -190,7 +190,7 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
     off = max(ratio(a[1], b[1]) for a, b in zip(answers, before, strict=True))
     lost = not off <= RELOADED
     if lost and case.name not in LOSSY:
-        raise Lost(f"the reloaded delta differs from the saved one: {off:.1e}")
+        raise Lost("loaded again by the library itself it is another delta")
     bare = [without(family, case, loaded, ids) for ids in asked]
     rows = [a[1][-len(b) :] for a, b in zip(answers, bare, strict=True)]
     moved = min(ratio(a, b) for a, b in zip(rows, bare, strict=True))

@@ -188,7 +188,7 @@ def made(family: str, case: Case, folder: Path, recorder: Recorder) -> None:
     answers = [answer(family, how, loaded.eval(), ids) for ids in asked]
     off = max(ratio(a[1], b[1]) for a, b in zip(answers, before, strict=True))
     if not off <= RELOADED:
-        recorder.refuse(case.name, f"the reloaded delta differs from the saved one: {off:.1e}", folder)
+        recorder.refuse(case.name, "loaded again by the library itself it is another delta", folder)
         return
     moved = min(ratio(a[1][-len(b[1]) :], b[1]) for a, b in zip(answers, bare, strict=True))
     assert moved >= MOVED, f"{case.name} moves nothing: {moved:.1e}"
