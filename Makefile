@@ -15,6 +15,8 @@ PINS := pyproject.toml constraints.txt
 ORACLES := .oracles
 MAKERS := tests/parity/make
 ASK := PYTHONPATH=tests/parity HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# A process for each core, four at most; a file's tests stay together, since they share servers and backbones.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
@@ -30,10 +32,10 @@ demo: $(VENV)/.server  ## Start a server on a small built-in model and send one 
 	$(BIN)/python -m deltaserve demo $(ARGS)
 
 test: $(VENV)/.dev  ## Run the tests, without those that take minutes
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-long: $(VENV)/.dev  ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style, types, imports between rooms, generated code and the wire contract
 	$(BIN)/ruff check
