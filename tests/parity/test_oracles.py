@@ -33,5 +33,12 @@ def test_versions_are_those_that_are_pinned(library: str) -> None:
     }
 
 
+@pytest.mark.parametrize(("library", "family"), COLUMNS)
+def test_no_checkpoint_names_a_folder_of_the_machine_that_made_it(library: str, family: str, tmp_path: Path) -> None:
+    Oracle(library, family).unpack(tmp_path)
+    configs = list(tmp_path.rglob("*.json"))
+    assert configs and [file for file in configs if "parity/oracles" in file.read_text()] == []
+
+
 def test_all_of_it_is_small() -> None:
     assert sum(file.stat().st_size for file in ORACLES.rglob("*") if file.is_file()) <= MOST_BYTES

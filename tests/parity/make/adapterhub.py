@@ -38,10 +38,12 @@ def fresh(family: str, case: Case | None) -> Any:
         known: dict[str, Any] = {"num_labels": 3, **ATTENTION}
         model = getattr(transformers, f"AutoModelFor{case.static}").from_pretrained(folder, **known)
     elif family == "bert" or (case is not None and case.flexible):
-        return adapters.AutoAdapterModel.from_pretrained(folder, **ATTENTION).eval()
+        model = adapters.AutoAdapterModel.from_pretrained(folder, **ATTENTION)
     else:
         model = getattr(transformers, AUTO.get(family, "AutoModelForCausalLM")).from_pretrained(folder, **ATTENTION)
-    adapters.init(model)
+    if not hasattr(model, "adapters_config"):
+        adapters.init(model)
+    model.config.name_or_path = f"tiny/{family}"  # it is saved, and would be this folder
     return model.eval()
 
 
