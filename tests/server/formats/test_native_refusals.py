@@ -67,6 +67,11 @@ def overflown(spoilt: Any) -> None:
     spoilt.tensor("base.0", put(0, 100.0))
 
 
+def huge(spoilt: Any) -> None:
+    spoilt.tensor("LowRank.a", lambda t: t[:1].repeat(1 << 15, 1))
+    spoilt.tensor("LowRank.b", lambda t: t[:, :1].repeat(1, 1 << 15))
+
+
 def lost(spoilt: Any) -> None:
     (spoilt.folder / "delta.safetensors").unlink()
 
@@ -84,6 +89,7 @@ BROKEN: Mapping[str, tuple[str, Callable[[Any], None], tuple[str, ...]]] = {
     "not-json": ("lora", lambda s: (s.folder / "delta.json").write_text("{"), ("not JSON",)),
     "cut-config": ("lora", cut("delta.json"), ("delta.json", "not JSON")),
     "cut-tensors": ("lora", cut("delta.safetensors"), ("delta.safetensors",)),
+    "huge-rank": ("lora", huge, ("LowRank.a", "32768", "16384")),
     "no-tensors": ("lora", lost, ("holds no delta.safetensors",)),
     "two-formats": ("lora", both, ("adapter_config.json and delta.json",)),
     "family": ("lora", key("family", "llama"), ("llama", "gpt2")),

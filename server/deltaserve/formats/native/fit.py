@@ -25,6 +25,7 @@ from deltaserve.formats.native import adapters
 from deltaserve.formats.native.record import Part
 from deltaserve.formats.native.shapes import INTEGERS, MOST_ROWS, below, length, tensor
 from deltaserve.formats.numbers import fits
+from deltaserve.formats.options import MOST_RANK
 
 MOST_LAYERS = 16
 """Of a head."""
@@ -93,6 +94,8 @@ def head_layers(found: tuple[Part, ...], spec: BackboneSpec, task: Task, place: 
 def _lowrank(found: LowRank, site: Site, spec: BackboneSpec, place: str) -> None:
     tensor(found.a, (None, site.in_features), f"{place}.a")
     rank = found.a.shape[0]
+    if rank > MOST_RANK:
+        raise BadCheckpoint(f"{place}.a has rank {rank}; ranks up to {MOST_RANK} are served")
     tensor(found.b, (site.out_features, rank), f"{place}.b")
     if found.inner is not None:
         tensor(found.inner, (rank,) * min(max(found.inner.ndim, 1), 2), f"{place}.inner")
