@@ -146,7 +146,7 @@ def accuracy(to: Console, results: Results) -> None:
         together = [one.exact_match for one in results.combinations]
         to.print(
             f"Deltas together on a request do both tasks, or all three, in {min(together):.1%} to {max(together):.1%}: "
-            "as `deltas: [a, b]`, by name, without any training.\n"
+            "as `deltas: \\[a, b]`, by name, without any training.\n"
         )
 
 
