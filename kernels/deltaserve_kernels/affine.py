@@ -7,7 +7,7 @@ import torch
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Groups, Stack, Stacks, grouped
+from deltaserve_kernels.stacks import Found, Stack, Stacks, by_row
 
 _IN, _SCALE, _SHIFT = range(3)
 
@@ -68,9 +68,9 @@ def reference_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: Affin
 
 def cpu_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
     """Short runs in one go, each row by its own row of the stack."""
-    groups = table.planned("in", rowmap, lambda: _divided(found, rowmap))
+    groups = table.planned("in", rowmap, lambda: by_row(found, rowmap))
     for group in groups.together:
-        scale = table.stacks.of_group(group, table.generation)[_IN]
+        scale = table.stacks.of(group, table.generation)[_IN]
         assert scale is not None
         for part, rows in group.grid.pieces(out):
             part.mul_(scale[rows])
@@ -78,21 +78,15 @@ def cpu_input(out: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTabl
 
 
 def cpu_output(y: torch.Tensor, found: Found, rowmap: RowMap, table: AffineTable) -> None:
-    groups = table.planned("out", rowmap, lambda: _divided(found, rowmap))
+    groups = table.planned("out", rowmap, lambda: by_row(found, rowmap))
     for group in groups.together:
-        _, scale, shift = table.stacks.of_group(group, table.generation)
+        _, scale, shift = table.stacks.of(group, table.generation)
         for part, rows in group.grid.pieces(y):
             if scale is not None:
                 part.mul_(scale[rows])
             if shift is not None:
                 part.add_(shift[rows])
     reference_output(y, groups.alone, rowmap, table)
-
-
-def _divided(found: Found, rowmap: RowMap) -> Groups:
-    """A stack has a row for each row, not for each slot."""
-    groups = grouped(found, rowmap, lambda _: None)
-    return Groups(tuple(group.by_row() for group in groups.together), groups.alone)
 
 
 def _stacked(entries: Sequence[Entry]) -> Stack:

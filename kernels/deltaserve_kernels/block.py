@@ -33,7 +33,7 @@ class BlockTable(SlotTable):
         """See `_stacked`; of a group's slots, whose blocks are all of one shape. That of one slot is not kept."""
         if len(group.slots) == 1:
             return _stacked([group.found[0][1]])
-        (blocks,) = self.stacks.of_group(group, self.generation)
+        (blocks,) = self.stacks.of(group, self.generation)
         assert blocks is not None
         return blocks
 

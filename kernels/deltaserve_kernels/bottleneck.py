@@ -12,7 +12,7 @@ from deltaserve_kernels.activations import activated, name_of
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Group, Stack, Stacks, grouped
+from deltaserve_kernels.stacks import Group, Stack, Stacks, bucket, grouped
 
 _Alike = tuple[int, float]
 """A bucket of widths, and an activation's number."""
@@ -53,7 +53,7 @@ class BottleneckTable(SlotTable):
 
         Widths are padded with zeros to the largest; a bias is None where no slot has it.
         """
-        return self._stacks.of_group(group, self.generation)
+        return self._stacks.of(group, self.generation)
 
 
 def apply(
@@ -117,10 +117,9 @@ def _activation(entry: Entry) -> str | None:
 
 
 def _alike(entry: Entry) -> _Alike:
-    """Widths of one bucket, a power of two from 8, are padded to the largest, which wastes less than half."""
     down = entry.tensors[0]
     assert down is not None
-    return max(8, 1 << (int(down.shape[0]) - 1).bit_length()), entry.scalars[1]
+    return bucket(int(down.shape[0])), entry.scalars[1]
 
 
 def _stacked(entries: Sequence[Entry]) -> Stack:

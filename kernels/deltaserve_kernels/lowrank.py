@@ -8,9 +8,9 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from deltaserve_kernels.dispatch import Implementation, path
-from deltaserve_kernels.rowmap import RowMap
+from deltaserve_kernels.rowmap import Grid, RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Found, Group, Groups, Stack, Stacks, grouped
+from deltaserve_kernels.stacks import Found, Group, Groups, Stack, Stacks, bucket, grouped
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -61,11 +61,11 @@ class LowRankTable(SlotTable):
 
     def stack(self, group: Group) -> _Pair:
         """fp32 Aᵀ [slots, in, r] and scale · Bᵀ [slots, r, out], ranks padded with zeros to the largest."""
-        return _both(self._stacks.of_group(group, self.generation))
+        return _both(self._stacks.of(group, self.generation))
 
-    def scales(self, found: Found) -> _Pair:
+    def scales(self, group: Group) -> _Pair:
         """fp32 scale · inner [slots, r] or [slots, r, r] and outer [slots, out], of slots that share A and B."""
-        return _both(self._scales.of(found, self.generation))
+        return _both(self._scales.of(group, self.generation))
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
@@ -94,8 +94,8 @@ def expanded(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -> None:
     groups, sharing = table.planned("", rowmap, lambda: divided(table, rowmap))
-    for found in sharing:
-        _shared(y, x, found, rowmap, table)
+    for group in sharing:
+        _shared(y, x, group, table)
     for group in groups.together:
         down, up = table.stack(group)
         added = torch.bmm(torch.bmm(group.grid.taken(x).float(), down), up)
@@ -106,17 +106,16 @@ def cpu(y: torch.Tensor, x: torch.Tensor, rowmap: RowMap, table: LowRankTable) -
         part.addmm_(x[run.start : run.stop].float() @ a.T, b.T, alpha=entry.scalars[0])
 
 
-def divided(table: LowRankTable, rowmap: RowMap) -> tuple[Groups, list[Found]]:
+def divided(table: LowRankTable, rowmap: RowMap) -> tuple[Groups, list[Group]]:
     """What is alone, in groups of two batched products each over stacked weights; and what shares A and B."""
     alone, sharing = table.split(rowmap)
-    return grouped(alone, rowmap, _bucket, _merged), sharing
+    return grouped(alone, rowmap, _bucket, _merged), [Group.of(found, None, rowmap) for found in sharing]
 
 
 def _bucket(entry: Entry) -> int:
-    """A power of two, 8 at least: ranks of one bucket are padded to the largest, which wastes less than half."""
     a = entry.tensors[0]
     assert a is not None
-    return max(8, 1 << (int(a.shape[0]) - 1).bit_length())
+    return bucket(int(a.shape[0]))
 
 
 def _merged(buckets: dict[Hashable, Found]) -> dict[Hashable, Found]:
@@ -125,14 +124,14 @@ def _merged(buckets: dict[Hashable, Found]) -> dict[Hashable, Found]:
     Runs stay in row order.
     """
     merged: list[tuple[Hashable, Found]] = []
-    for bucket, found in sorted(buckets.items(), key=lambda item: _rank(item[1]), reverse=True):
+    for key, found in sorted(buckets.items(), key=lambda item: _rank(item[1]), reverse=True):
         if merged:
             larger = merged[-1]
             zeros = sum((_rank(larger[1]) - _rank([each])) * _width(each[1]) for each in found)
             if zeros <= _PADDED:
                 merged[-1] = larger[0], sorted([*larger[1], *found], key=lambda each: each[0].start)
                 continue
-        merged.append((bucket, found))
+        merged.append((key, found))
     return dict(merged)
 
 
@@ -146,26 +145,22 @@ def _width(entry: Entry) -> int:
     return int(a.shape[1] + b.shape[0])
 
 
-def _shared(y: torch.Tensor, x: torch.Tensor, found: Found, rowmap: RowMap, table: LowRankTable) -> None:
+def _shared(y: torch.Tensor, x: torch.Tensor, group: Group, table: LowRankTable) -> None:
     """Two products for the rows of all slots that have one A and one B."""
-    a, b = _weights(found[0][1])
-    runs = [run for run, _ in found]
-    inner, outer = table.scales(found)
-    counts = [run.rows for run in runs]
-    grid = rowmap.grid(runs)
+    grid, (a, b) = group.grid, _weights(group.found[0][1])
+    inner, outer = table.scales(group)
     hidden = x[grid.rows].float() @ a.T
     if inner.ndim == 3:
+        counts = [run.rows for run, _ in group.found]
         hidden = torch.cat([part @ one.T for part, one in zip(hidden.split(counts), inner, strict=True)])
     else:
-        hidden.mul_(_by_row(inner, counts))
-    grid.add(y, (hidden @ b.T).mul_(_by_row(outer, counts)))
+        hidden.mul_(_by_row(inner, grid))
+    grid.add(y, (hidden @ b.T).mul_(_by_row(outer, grid)))
 
 
-def _by_row(scales: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _by_row(scales: torch.Tensor, grid: Grid) -> torch.Tensor:
     """A run's scales for each of its rows; those of a single run broadcast."""
-    if len(counts) == 1 or max(counts) == 1:
-        return scales
-    return scales.repeat_interleave(torch.tensor(counts), 0)
+    return scales if grid.runs == 1 or grid.depth == 1 else scales.index_select(0, grid.each)
 
 
 def _both(stack: Stack) -> _Pair:

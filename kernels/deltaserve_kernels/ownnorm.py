@@ -7,7 +7,7 @@ import torch
 from deltaserve_kernels.dispatch import Implementation, path
 from deltaserve_kernels.rowmap import RowMap
 from deltaserve_kernels.slots import Entry, SlotTable
-from deltaserve_kernels.stacks import Group, Groups, Stack, Stacks, grouped
+from deltaserve_kernels.stacks import Group, Stack, Stacks, by_row
 
 
 class NormTable(SlotTable):
@@ -24,7 +24,7 @@ class NormTable(SlotTable):
 
     def stack(self, group: Group) -> tuple[torch.Tensor, ...]:
         """fp32 weight, bias [entries, d] and eps [entries, 1]."""
-        stack = self._stacks.of_group(group, self.generation)
+        stack = self._stacks.of(group, self.generation)
         return tuple(tensor for tensor in stack if tensor is not None)
 
 
@@ -50,7 +50,7 @@ def reference(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
 
 def cpu(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
     """Short runs in one go, each row by its own row of the stack."""
-    groups = table.planned("", rowmap, lambda: _divided(table, rowmap))
+    groups = table.planned("", rowmap, lambda: by_row(table.entries(rowmap), rowmap))
     for group in groups.together:
         weight, bias, eps = table.stack(group)
         for part, rows in group.grid.pieces(y):
@@ -58,12 +58,6 @@ def cpu(y: torch.Tensor, rowmap: RowMap, table: NormTable) -> None:
             part.sub_(mean).mul_(variance.add_(eps[rows]).rsqrt_()).mul_(weight[rows]).add_(bias[rows])
     for run, entry in groups.alone:
         _one(y[run.start : run.stop], entry)
-
-
-def _divided(table: NormTable, rowmap: RowMap) -> Groups:
-    """A stack has a row for each row, not for each slot."""
-    groups = grouped(table.entries(rowmap), rowmap, lambda _: None)
-    return Groups(tuple(group.by_row() for group in groups.together), groups.alone)
 
 
 def _one(part: torch.Tensor, entry: Entry) -> None:

@@ -17,17 +17,9 @@ Found = list[tuple[Run, Entry]]
 Stack = tuple[torch.Tensor | None, ...]
 
 
-def parted(found: Found, least: int = 2) -> tuple[Found, Found]:
-    """The short runs, if there are so many of them, and all others."""
-    short = [each for each in found if each[0].rows <= SHORT]
-    if len(short) < least:
-        return [], found
-    return short, [each for each in found if each[0].rows > SHORT] if len(short) < len(found) else []
-
-
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Short runs whose slots stand in one stack, and their rows. `alike`: what their entries have in common."""
+    """Runs whose slots stand in one stack, and their rows. `alike`: what their entries have in common."""
 
     found: Found
     alike: Hashable
@@ -60,16 +52,27 @@ def grouped(
     least: int = 2,
 ) -> Groups:
     """Short runs by what `alike` says of their entries, then as `merged` joins them; groups of `least` runs or more."""
-    short, alone = parted(found, least)
     by: dict[Hashable, Found] = {}
-    for each in short:
-        by.setdefault(alike(each[1]), []).append(each)
+    for each in found:
+        if each[0].rows <= SHORT:
+            by.setdefault(alike(each[1]), []).append(each)
     groups = merged(by)
     few: Iterable[Found] = (members for members in groups.values() if len(members) < least)
     return Groups(
         tuple(Group.of(members, key, rowmap) for key, members in groups.items() if len(members) >= least),
-        [*alone, *(each for members in few for each in members)],
+        [*(each for each in found if each[0].rows > SHORT), *(each for members in few for each in members)],
     )
+
+
+def by_row(found: Found, rowmap: RowMap) -> Groups:
+    """Short runs in one group, whose stack has a row for each row, not for each slot."""
+    groups = grouped(found, rowmap, lambda _: None)
+    return Groups(tuple(group.by_row() for group in groups.together), groups.alone)
+
+
+def bucket(width: int) -> int:
+    """A power of two, 8 at least: widths of one bucket are padded to the largest, which wastes less than half."""
+    return max(8, 1 << (width - 1).bit_length())
 
 
 class Stacks:
@@ -83,24 +86,17 @@ class Stacks:
         self._held: dict[Hashable, dict[tuple[int, ...], Stack]] = {}
         self._generation = -1
 
-    def of(self, found: Found, generation: int, group: Hashable = None) -> Stack:
-        """The stack of these runs' slots, in their order; `generation` is the table's."""
-        return self._of(found, tuple([run.slot for run, _ in found]), generation, group)
-
-    def of_group(self, group: Group, generation: int) -> Stack:
-        """The same for a group."""
-        return self._of(group.found, group.slots, generation, group.alike)
-
-    def _of(self, found: Found, slots: tuple[int, ...], generation: int, group: Hashable) -> Stack:
+    def of(self, group: Group, generation: int) -> Stack:
+        """The stack of a group's slots, in their order; `generation` is the table's."""
         if self._generation != generation:
             self._held.clear()
             self._generation = generation
-        held = self._held.setdefault(group, {})
-        stack = held.get(slots)
+        held = self._held.setdefault(group.alike, {})
+        stack = held.get(group.slots)
         if stack is None:
             if len(held) >= _SETS:
                 held.pop(next(iter(held)))
-            stack = held[slots] = self._make([entry for _, entry in found])
+            stack = held[group.slots] = self._make([entry for _, entry in group.found])
         return stack
 
     @property

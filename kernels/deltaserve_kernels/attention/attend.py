@@ -1,7 +1,6 @@
 """Packed attention over the rows of many requests."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 
@@ -50,7 +49,7 @@ def triton(query: torch.Tensor, own: paths.Pair, cache: paths.Pair | None, atten
 
 
 _PATHS: Mapping[Implementation, Path] = {
-    Implementation.REFERENCE: partial(paths.one_by_one, paths.reference),
+    Implementation.REFERENCE: paths.reference,
     Implementation.CPU: paths.cpu,
     Implementation.TRITON: triton,
 }

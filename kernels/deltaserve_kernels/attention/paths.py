@@ -1,6 +1,6 @@
 """Packed attention: the reference, and the CPU's path over views of contiguous extents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -60,22 +60,18 @@ class Attention:
         return torch.cat((before, mask), 1)
 
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence, Attention], torch.Tensor]
-"""One sequence's queries, keys and values -> its output."""
-
-
-def one_by_one(run: Run, query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention) -> torch.Tensor:
-    """`run` for each sequence, over its keys in the cache or of this forward. Returns [rows, heads, d]."""
+def reference(query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention) -> torch.Tensor:
+    """`_one` for each sequence, over its keys in the cache or of this forward. Returns [rows, heads, d]."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for sequence in attention.sequences.items:
         keys, values = cache if sequence.cached and cache is not None else own
         first, last = sequence.key_start, sequence.key_start + sequence.keys
         rows = slice(sequence.query_start, sequence.query_start + sequence.queries)
-        out[rows] = run(query[rows], keys[first:last], values[first:last], sequence, attention)
+        out[rows] = _one(query[rows], keys[first:last], values[first:last], sequence, attention)
     return out
 
 
-def reference(
+def _one(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sequence: Sequence, attention: Attention
 ) -> torch.Tensor:
     """softmax(softcap(q kᵀ · scale) + bias, hidden) v in fp32. query [queries, heads, d] -> the same shape."""
@@ -105,7 +101,7 @@ def cpu(query: torch.Tensor, own: Pair, cache: Pair | None, attention: Attention
     query [rows, heads, d] -> the same shape.
     """
     if attention.softcap is not None:
-        return one_by_one(reference, query, own, cache, attention)
+        return reference(query, own, cache, attention)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for batch in _batches(attention):
         first = batch.first
