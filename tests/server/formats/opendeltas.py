@@ -241,3 +241,9 @@ class Reading:
         with pytest.raises(error) as caught:
             self(made, wanted)
         assert all(word in caught.value.message for word in said), caught.value.message
+
+
+def only(delta: Delta, site: str) -> Any:
+    """The one primitive at a site."""
+    (part,) = delta.at[site]
+    return part

@@ -32,12 +32,12 @@ from opendeltas import (
     flat,
     lora,
     low_rank,
+    only,
     table,
 )
 
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.adapters import Bottleneck, Tap
-from deltaserve.deltas.delta import Delta
 from deltaserve.deltas.primitives import Affine, LowRank, Prefix
 from deltaserve_kernels.activations import activated
 from deltaserve_kernels.testing import error_ratio
@@ -48,11 +48,6 @@ EXACT = 1e-6
 @pytest.fixture
 def reading(backbones: Mapping[str, Backbone], tmp_path: Path) -> Reading:
     return Reading(backbones, tmp_path)
-
-
-def only(delta: Delta, site: str) -> Any:
-    (part,) = delta.at[site]
-    return part
 
 
 def network(part: Bottleneck, x: torch.Tensor) -> torch.Tensor:

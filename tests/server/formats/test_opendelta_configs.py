@@ -24,10 +24,10 @@ from opendeltas import (
     everywhere,
     flat,
     lora,
+    only,
     table,
 )
 from test_native import same
-from test_opendelta import only
 
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.sites import Task

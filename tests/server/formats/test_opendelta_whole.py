@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from opendeltas import ADAPTER, ENDS, HIDDEN, START, Draw, Made, Reading, Tensors, adapter, everywhere
-from test_opendelta import only
+from opendeltas import ADAPTER, ENDS, HIDDEN, START, Draw, Made, Reading, Tensors, adapter, everywhere, only
 
 from deltaserve.backbone.model import Backbone
 from deltaserve.deltas.delta import Delta
