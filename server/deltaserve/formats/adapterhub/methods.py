@@ -13,10 +13,8 @@ from deltaserve.formats.adapterhub.fusing import Fusing
 from deltaserve.formats.adapterhub.member import Member
 from deltaserve.formats.draft import Draft
 from deltaserve.formats.folder import HUB, HUB_FUSION, HUB_HEAD, HUB_SETUP, Folder
-from deltaserve.formats.heads import outputs_of
-from deltaserve.formats.kinds import ordered
 from deltaserve.formats.ledger import Ledger
-from deltaserve.formats.numbers import check_numbers
+from deltaserve.formats.lowered import delta_of
 from deltaserve.formats.options import shown
 from deltaserve.formats.wanted import Wanted
 from deltaserve.formats.work import UNLIMITED, Work
@@ -64,33 +62,16 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     ledgers = [*setup.ledgers(), *([] if tensors is None else [tensors])]
     for ledger in ledgers:
         ledger.finish()
-    check_numbers(draft)
-    warnings = list(dict.fromkeys(text for ledger in ledgers for text in ledger.warnings))
-    if draft.nothing():
-        warnings.append("all its numbers are those of a fresh start: it changes nothing")
-    labels, problem, assumed = outputs_of(draft.head, headed.spec, wanted, headed.model)
-    return Delta(
-        kinds=ordered(draft.kinds),
-        at=draft.at,
-        task=headed.task,
-        provenance=Provenance(
-            format="adapterhub",
-            content_hash=folder.content_hash(),
-            file_bytes=sum(one.tensor_bytes for one in setup.folders()),
-            tensors_matched=sum(ledger.taken for ledger in ledgers),
-            base_model=str(setup.members[0].config.get("model_name") or "")[:500],
-            warnings=tuple(warnings),
-            guessed=(("task",) if headed.guessed else ()) + assumed,
-        ),
-        prompt=draft.prompt,
-        head=draft.head,
-        pooling=None if headed.spec is None else headed.spec.read(draft.prompt is not None),
-        labels=labels,
-        problem_type=problem,
-        task_id=draft.task_id,
-        coupling=draft.coupling,
-        bases=draft.bases,
+    provenance = Provenance(
+        format="adapterhub",
+        content_hash=folder.content_hash(),
+        file_bytes=sum(one.tensor_bytes for one in setup.folders()),
+        tensors_matched=sum(ledger.taken for ledger in ledgers),
+        base_model=str(setup.members[0].config.get("model_name") or "")[:500],
+        warnings=tuple(dict.fromkeys(text for ledger in ledgers for text in ledger.warnings)),
+        guessed=("task",) if headed.guessed else (),
     )
+    return delta_of(draft, headed.task, headed.spec, wanted, headed.model, provenance)
 
 
 def _setup(folder: Folder, backbone: BackboneSpec, wanted: Wanted) -> Setup:

@@ -9,9 +9,8 @@ from deltaserve.deltas.sites import BackboneSpec, HeadSpec, Task, Weights
 from deltaserve.errors import BadCheckpoint, FailedPrecondition, InvalidArgument
 from deltaserve.formats.draft import Draft
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.heads import CLASSIFIES, GUESSED, head_of, layers_of, outputs_of
-from deltaserve.formats.kinds import ordered
-from deltaserve.formats.numbers import check_numbers
+from deltaserve.formats.heads import CLASSIFIES, GUESSED, head_of, layers_of
+from deltaserve.formats.lowered import delta_of
 from deltaserve.formats.opendelta import adapters, prompts, whole
 from deltaserve.formats.opendelta.checkpoint import Checkpoint
 from deltaserve.formats.options import Options, shown
@@ -79,32 +78,18 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     for each in (row, *beside):
         each.lower(checkpoint, draft)
     checkpoint.finish()
-    check_numbers(draft)
-    if draft.nothing():
-        checkpoint.warn("all its numbers are those of a fresh start: it changes nothing")
     if not (draft.at or draft.prompt or draft.head):
         raise BadCheckpoint("the checkpoint holds nothing but what is in the backbone")
-    labels, problem, assumed = outputs_of(draft.head, head, wanted, {})
-    return Delta(
-        kinds=ordered(draft.kinds),
-        at=draft.at,
-        task=task,
-        provenance=Provenance(
-            format="opendelta",
-            content_hash=folder.content_hash(),
-            file_bytes=folder.tensor_bytes,
-            tensors_matched=checkpoint.taken,
-            base_model=str(config.get("backbone_checkpoint_name") or "")[:500],
-            warnings=tuple(checkpoint.warnings),
-            guessed=(("task",) if guessed else ()) + assumed,
-        ),
-        prompt=draft.prompt,
-        head=draft.head,
-        pooling=None if head is None else head.read(draft.prompt is not None),
-        labels=labels,
-        problem_type=problem,
-        bases=draft.bases,
+    provenance = Provenance(
+        format="opendelta",
+        content_hash=folder.content_hash(),
+        file_bytes=folder.tensor_bytes,
+        tensors_matched=checkpoint.taken,
+        base_model=str(config.get("backbone_checkpoint_name") or "")[:500],
+        warnings=tuple(checkpoint.warnings),
+        guessed=("task",) if guessed else (),
     )
+    return delta_of(draft, task, head, wanted, {}, provenance)
 
 
 def _type(config: Mapping[str, Any]) -> Type:

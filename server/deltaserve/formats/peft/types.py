@@ -9,9 +9,7 @@ from deltaserve.deltas.sites import BackboneSpec, Weights
 from deltaserve.errors import FailedPrecondition
 from deltaserve.formats.draft import Draft
 from deltaserve.formats.folder import Folder
-from deltaserve.formats.heads import outputs_of
-from deltaserve.formats.kinds import ordered
-from deltaserve.formats.numbers import check_numbers
+from deltaserve.formats.lowered import delta_of
 from deltaserve.formats.peft import (
     costs,
     dense,
@@ -114,35 +112,18 @@ def lower(folder: Folder, backbone: BackboneSpec, weights: Weights, wanted: Want
     head = heads.lower(checkpoint, draft, task)
     row.lower(checkpoint, draft, weights)
     checkpoint.finish()
-    check_numbers(draft)
-    if draft.nothing():
-        checkpoint.warnings.append("all its numbers are those of a fresh start: it changes nothing")
-    labels, problem, assumed = outputs_of(draft.head, head, wanted, folder.model_config())
-    return Delta(
-        kinds=ordered(draft.kinds),
-        at=draft.at,
-        task=task,
-        provenance=Provenance(
-            format="peft",
-            content_hash=folder.content_hash(),
-            file_bytes=folder.tensor_bytes,
-            tensors_matched=checkpoint.taken,
-            base_model=str(config.get("base_model_name_or_path") or "")[:500],
-            warnings=tuple(checkpoint.warnings),
-            guessed=(("task",) if guessed else ()) + assumed,
-        ),
-        prompt=draft.prompt,
-        position_shift=draft.position_shift,
-        head=draft.head,
-        pooling=None if head is None else head.read(draft.prompt is not None),
-        labels=labels,
-        problem_type=problem,
-        task_id=draft.task_id,
-        # PEFT's model for question answering keeps token_type_ids to itself: it was trained without.
-        token_types=config.get("task_type") != "QUESTION_ANS",
-        bases=draft.bases,
-        invocation=draft.invocation,
+    provenance = Provenance(
+        format="peft",
+        content_hash=folder.content_hash(),
+        file_bytes=folder.tensor_bytes,
+        tensors_matched=checkpoint.taken,
+        base_model=str(config.get("base_model_name_or_path") or "")[:500],
+        warnings=tuple(checkpoint.warnings),
+        guessed=("task",) if guessed else (),
     )
+    # PEFT's model for question answering keeps token_type_ids to itself: it was trained without.
+    token_types = config.get("task_type") != "QUESTION_ANS"
+    return delta_of(draft, task, head, wanted, folder.model_config(), provenance, token_types=token_types)
 
 
 def _type(config: Mapping[str, Any]) -> Type:
